@@ -1,0 +1,23 @@
+"""Soft segmentation (alpha matting) of medical images in 2D and 3D."""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+# Public names and the module each lives in. They are imported on first use, so that
+# `import medmatting` stays fast: nothing is compiled and torch is not loaded.
+_HOME = {
+    "Volume": "volumes",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'medmatting' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
