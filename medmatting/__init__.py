@@ -8,6 +8,11 @@ from importlib import import_module
 # `import medmatting` stays fast: nothing is compiled and torch is not loaded.
 _HOME = {
     "Volume": "volumes",
+    "paste": "volumes",
+    "crop_nodule": "volumes",
+    "crop": "volumes",
+    "resample_like": "volumes",
+    "resample": "volumes",
 }
 
 __all__ = sorted(_HOME)
