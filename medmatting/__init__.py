@@ -13,6 +13,11 @@ _HOME = {
     "crop": "volumes",
     "resample_like": "volumes",
     "resample": "volumes",
+    "check_trimap": "trimaps",
+    "clean_trimap": "trimaps",
+    "trimap_from_file": "trimaps",
+    "trimap_from_mask": "trimaps",
+    "trimap_from_raters": "trimaps",
 }
 
 __all__ = sorted(_HOME)
