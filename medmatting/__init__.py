@@ -8,6 +8,7 @@ from importlib import import_module
 # `import medmatting` stays fast: nothing is compiled and torch is not loaded.
 _HOME = {
     "Volume": "volumes",
+    "show": "plots",
     "paste": "volumes",
     "crop_nodule": "volumes",
     "crop": "volumes",
