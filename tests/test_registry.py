@@ -76,7 +76,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def home(monkeypatch, tmp_path):
     server = Home()
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(registry, "PAUSE", 0)
     monkeypatch.setenv("MEDMATTING_DATA", str(tmp_path / "data"))
     register(monkeypatch, server.address)
