@@ -19,6 +19,11 @@ _HOME = {
     "trimap_from_file": "trimaps",
     "trimap_from_mask": "trimaps",
     "trimap_from_raters": "trimaps",
+    "Window": "hounsfield",
+    "LUNG": "hounsfield",
+    "MEDIASTINUM": "hounsfield",
+    "calibrate": "hounsfield",
+    "solving_range": "hounsfield",
 }
 
 __all__ = sorted(_HOME)
