@@ -7,6 +7,11 @@ from importlib import import_module
 # Public names and the module each lives in. They are imported on first use, so that
 # `import medmatting` stays fast: nothing is compiled and torch is not loaded.
 _HOME = {
+    "matte": "matte",
+    "MatteInfo": "matte",
+    "InputError": "checks",
+    "WriteError": "checks",
+    "ConvergenceError": "linear",
     "Volume": "volumes",
     "show": "plots",
     "paste": "volumes",

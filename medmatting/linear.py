@@ -17,11 +17,11 @@ from numba import njit
 
 from .energy import CHUNK
 
-# %% ../nbs/11_linear.ipynb #53957b79
+# %% ../nbs/11_linear.ipynb #ac0b4204
 def thread_count() -> int:
     "Threads to use: `MEDMATTING_THREADS` if set, otherwise the processors this process may run on."
-    return int(os.environ.get("MEDMATTING_THREADS", 0)) or len(os.sched_getaffinity(0)) \
-        if hasattr(os, "sched_getaffinity") else int(os.environ.get("MEDMATTING_THREADS", 0)) or os.cpu_count()
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(int(os.environ.get("MEDMATTING_THREADS") or processors), 1)
 
 
 @lru_cache(maxsize=None)
@@ -35,12 +35,10 @@ def run_chunks(
     *arguments,  # passed on
 ):
     "Run a kernel over all chunks, on several threads where that pays."
-    threads = min(thread_count(), chunks // 2)
-    if threads <= 1:
-        kernel(0, chunks, *arguments)
-        return
-    cuts = np.linspace(0, chunks, threads + 1).astype(int)
-    jobs = [_pool(threads).submit(kernel, a, b, *arguments) for a, b in zip(cuts[:-1], cuts[1:])]
+    threads = max(min(thread_count(), chunks // 2), 1)
+    cuts = [chunks * i // threads for i in range(threads + 1)]
+    jobs = [_pool(threads).submit(kernel, a, b, *arguments) for a, b in zip(cuts[1:-1], cuts[2:])]
+    kernel(0, cuts[1], *arguments)  # this thread takes the first share
     for job in jobs:
         job.result()
 
