@@ -2,13 +2,16 @@
 
 __version__ = "0.1.0"
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 # Public names and the module each lives in. They are imported on first use, so that
 # `import medmatting` stays fast: nothing is compiled and torch is not loaded.
 _HOME = {
-    "matte": "matte",
-    "MatteInfo": "matte",
+    "score": "metrics",
+    "matte": "matting",
+    "MatteInfo": "matting",
     "InputError": "checks",
     "WriteError": "checks",
     "ConvergenceError": "linear",
@@ -32,6 +35,10 @@ _HOME = {
     "MEDIASTINUM": "hounsfield",
     "calibrate": "hounsfield",
     "solving_range": "hounsfield",
+    "sad": "metrics",
+    "mse": "metrics",
+    "grad": "metrics",
+    "conn": "metrics",
 }
 
 __all__ = sorted(_HOME)
@@ -45,3 +52,14 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    "Importing a submodule binds it in the package; `medmatting.matte` shall stay the function of that name."
+
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
