@@ -17,11 +17,11 @@ from numba import njit
 
 from .energy import CHUNK
 
-# %% ../nbs/11_linear.ipynb #ac0b4204
+# %% ../nbs/11_linear.ipynb #d416bb45
 def thread_count() -> int:
-    "Threads to use: `MEDMATTING_THREADS` if set, otherwise the processors this process may run on."
+    "Threads to use: `NUMBA_NUM_THREADS` if set, otherwise the processors this process may run on."
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(int(os.environ.get("MEDMATTING_THREADS") or processors), 1)
+    return max(int(os.environ.get("NUMBA_NUM_THREADS") or processors), 1)
 
 
 @lru_cache(maxsize=None)
