@@ -47,7 +47,7 @@ $(READY):
 	@rm -f .venv/.ready-* && touch $@ && echo "Ready."
 
 reproduce: $(READY)
-	$(PY) -m medmatting.cli reproduce --profile $(PROFILE)
+	$(PY) -m medmatting reproduce --profile $(PROFILE)
 	$(PY) nbs/_website/build.py
 
 test: $(READY)

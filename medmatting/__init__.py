@@ -2,9 +2,7 @@
 
 __version__ = "0.1.0"
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 # Public names and the module each lives in. They are imported on first use, so that
 # `import medmatting` stays fast: nothing is compiled and torch is not loaded.
@@ -52,14 +50,3 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    "Importing a submodule binds it in the package; `medmatting.matte` shall stay the function of that name."
-
-    def __setattr__(self, name, value):
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
