@@ -178,7 +178,7 @@ def load(
     cases = read_pickle(pickled)
     return [_case(cases[name], trimaps[name]) for name in _same_names(cases, trimaps)]
 
-# %% ../nbs/42_brain_growth.ipynb #59adf81e
+# %% ../nbs/42_brain_growth.ipynb #8c8ad804
 def _same_names(cases: dict, trimaps: dict) -> list[str]:
     "Sorted names of the cases; every case has its trimap and every trimap its case."
     named = all(case["series_uid"] == name for name, case in cases.items())
@@ -192,7 +192,7 @@ def _case(fields: dict, trimap: bytes) -> Case:
     "Put a case together and check its shapes."
     from PIL import Image
 
-    raw = np.asarray(Image.open(BytesIO(trimap), formats=["PNG"]))
+    raw = np.array(Image.open(BytesIO(trimap), formats=["PNG"]))
     arrays = [fields["image"], fields["alpha"], raw, *fields["masks"]]
     if len(arrays) != 10 or {(a.shape, str(a.dtype)) for a in arrays} != {((128, 128), "uint8")}:
         raise DataError(f"brain_growth: {fields['series_uid']} does not hold an image, alpha, trimap and seven masks of"

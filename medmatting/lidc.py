@@ -45,12 +45,12 @@ _CHARACTER = {
     "LIDC-IDRI-0003_nodule4": "solid, beside the mediastinum",
 }
 
-# %% ../nbs/41_lidc.ipynb #735c0b26
+# %% ../nbs/41_lidc.ipynb #84fb8e05
 def nodule(
     name: str,  # one of `nodules()`, for example "LIDC-IDRI-0003_nodule2"
 ) -> Nodule:  # CT in HU, masks and ratings
     "A real nodule with its CT and every radiologist's mask."
-    if name not in _CHARACTER:
+    if name not in nodules():
         refuse("name", describe(name), ", ".join(_CHARACTER), "choose one of these nodules")
     folder = locate("lidc_nodules")
     about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))

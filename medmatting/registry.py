@@ -127,12 +127,12 @@ _BRAIN = Dataset(
 
 DATASETS = {dataset.name: dataset for dataset in (_NODULES, _SHAPES, _SKIN, _NATURAL, _BRAIN)}
 
-# %% ../nbs/40_registry.ipynb #bb0b9b85
+# %% ../nbs/40_registry.ipynb #3aaaa5c5
 def dataset(
     name: str,  # name of a data set, one of `DATASETS`
 ) -> Dataset:  # its record
     "The record of a data set."
-    if name not in DATASETS:
+    if name not in list(DATASETS):
         refuse("name", repr(name), ", ".join(DATASETS), "choose one of these data sets")
     return DATASETS[name]
 
