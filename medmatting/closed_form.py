@@ -279,7 +279,7 @@ def _add_windows(centres, number, radius, image, mean, inverse, unknown_number, 
                 place = ((shift[0] + 2 * radius[0]) * 5 + shift[1] + 2) * 5 + shift[2] + 2
                 entries[unknown_number[i], place] += (1.0 if a == b else 0.0) - explained / size
 
-# %% ../nbs/12_closed_form.ipynb #471592ad
+# %% ../nbs/12_closed_form.ipynb #965361af
 def assemble(
     system: ClosedForm,  # statistics and constraints
 ):  # (m, m) scipy sparse array over the free voxels, in storage order
@@ -288,11 +288,9 @@ def assemble(
 
     region, spans = system.region, system.region.spans
     reach = tuple(2 * r for r in region.radius)
-    number = np.full(np.add(spans.shape, np.multiply(2, reach)), -1)  # a margin, so that neighbours need no bounds
-    inside = tuple(slice(r, r + n) for r, n in zip(reach, spans.shape))
-    placed = np.full(spans.shape, -1)
-    spans.scatter(np.arange(spans.size), placed)
-    number[inside] = placed
+    number = np.full(np.add(spans.covered.shape, np.multiply(2, reach)), -1)  # a margin, so that neighbours need no bounds
+    inside = tuple(slice(r, r + n) for r, n in zip(reach, spans.covered.shape))
+    spans.scatter(np.arange(spans.size), number[inside])
     rank = np.where(system.free, np.cumsum(system.free, dtype=np.int64) - 1, -1)
     entries = np.zeros((rank.max() + 1, (2 * reach[0] + 1) * 25))
     centres = np.argwhere((number >= 0) & (region.active[number] == 1))

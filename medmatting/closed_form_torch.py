@@ -44,7 +44,7 @@ def to_device(name: str):
         refuse("device", repr(name), " or ".join(map(repr, known)), "use the default, 'cpu', or install a CUDA build")
     return torch.device(name)
 
-# %% ../nbs/13_closed_form_torch.ipynb #4cf28928
+# %% ../nbs/13_closed_form_torch.ipynb #42cb68e2
 class TorchClosedForm:
     "Closed-form system on the dense crop of a region, in PyTorch (Eq. 2 and 3)."
 
@@ -70,7 +70,7 @@ class TorchClosedForm:
         "Values on the spans as a dense crop on the device, zero elsewhere."
         import torch
 
-        dense = np.zeros(self.region.spans.shape)
+        dense = np.zeros(self.region.spans.covered.shape)
         self.region.spans.scatter(np.asarray(flat, float), dense)
         return torch.from_numpy(dense).to(self.device)
 

@@ -48,15 +48,13 @@ def window_centres(
             np.moveaxis(centres, axis, 0)[[0, -1]] = False
     return centres
 
-# %% ../nbs/10_energy.ipynb #9bdac497
+# %% ../nbs/10_energy.ipynb #df9ed569
 @dataclass(frozen=True)
 class Spans:
     "Runs of covered voxels along the last axis, and the links between runs of adjacent rows."
 
-    shape: tuple[int, int, int]  # (D, H, W) of the crop the spans lie in
-    row: np.ndarray  # (n,) index of the row, z * H + y
-    column: np.ndarray  # (n,) first x
-    start: np.ndarray  # (n + 1,) where the span begins in a flat array; the last entry is the total size
+    covered: np.ndarray  # (D, H, W) bool, the voxels of a crop that are stored, in the order of the array
+    start: np.ndarray  # (n + 1,) where each span begins in a flat array; the last entry is the total size
     link_start: np.ndarray  # (n + 1,) first link of each span
     link_source: np.ndarray  # (m,) position in a flat array to read from
     link_target: np.ndarray  # (m,) offset inside the span to add to
@@ -70,13 +68,11 @@ class Spans:
 
     def gather(self, dense: np.ndarray) -> np.ndarray:
         "Values of a (D, H, W) array on the spans, (size,)."
-        flat = np.empty(self.size, dense.dtype)
-        _gather(dense, self.row, self.column, self.start, flat)
-        return flat
+        return dense[self.covered]
 
     def scatter(self, flat: np.ndarray, dense: np.ndarray):
         "Write the values on the spans into a (D, H, W) array, in place."
-        _scatter(dense, self.row, self.column, self.start, flat)
+        dense[self.covered] = flat
 
     @property
     def arrays(self):
@@ -138,25 +134,7 @@ def _link_runs(depth, height, reach, row, column, start, first, link_start, sour
     link_start[row.size] = links
     return links
 
-# %% ../nbs/10_energy.ipynb #df49aa74
-@njit(nogil=True, cache=True)
-def _gather(dense, row, column, start, flat):
-    height = dense.shape[1]
-    for run in range(row.size):
-        z, y = row[run] // height, row[run] % height
-        n = start[run + 1] - start[run]
-        flat[start[run]:start[run] + n] = dense[z, y, column[run]:column[run] + n]
-
-
-@njit(nogil=True, cache=True)
-def _scatter(dense, row, column, start, flat):
-    height = dense.shape[1]
-    for run in range(row.size):
-        z, y = row[run] // height, row[run] % height
-        n = start[run + 1] - start[run]
-        dense[z, y, column[run]:column[run] + n] = flat[start[run]:start[run] + n]
-
-# %% ../nbs/10_energy.ipynb #2ac37817
+# %% ../nbs/10_energy.ipynb #1c438b24
 CHUNK = 8192  # stored voxels in one piece of work: the arrays of a few chunks fit the second-level cache
 
 
@@ -177,7 +155,7 @@ def make_spans(
     _link_runs(*arguments, *links)
     steps = np.arange(0, start[-1] + CHUNK, CHUNK)
     bounds = np.unique(np.append(np.searchsorted(start[:-1], steps), runs))
-    return Spans(covered.shape, row, column, start, link_start, *links, bounds)
+    return Spans(covered, start, link_start, *links, bounds)
 
 # %% ../nbs/10_energy.ipynb #f3aba451
 @dataclass(frozen=True)
