@@ -7,6 +7,9 @@ from importlib import import_module
 # Public names and the module each lives in. They are imported on first use, so that
 # `import medmatting` stays fast: nothing is compiled and torch is not loaded.
 _HOME = {
+    "DataError": "registry",
+    "nodule": "lidc",
+    "composite": "photographs",
     "score": "metrics",
     "matte": "matting",
     "MatteInfo": "matting",

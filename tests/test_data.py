@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -196,6 +197,15 @@ def test_claimed_lengths_are_not_believed():
             read_pickle(b"\x80\x05" + opcode + size + b"x.")
     with pytest.raises(DataError):
         read_pickle(b"\x80\x04]r\xff\xff\xff\xffj\xff\xff\xff\xff" + b"K\x01.")  # a memo index of four thousand million
+
+
+def test_no_memory_is_set_aside_for_a_claimed_length():
+    tracemalloc.start()
+    with pytest.raises(DataError):
+        read_pickle(b"\x80\x05\x8e" + struct.pack("<Q", 2**33) + b"x.")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
 
 
 def test_lists_that_repeat_each_other_take_no_time():
