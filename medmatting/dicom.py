@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_FILES', 'read_dicom']
 
-# %% ../nbs/02_dicom.ipynb #aa79cf48
+# %% ../nbs/02_dicom.ipynb #fbd644dc
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from .checks import InputError, describe, refuse
 from .volumes import MAX_VOXELS, Volume
 
-# %% ../nbs/02_dicom.ipynb #7b495b49
+# %% ../nbs/02_dicom.ipynb #202f0714
 @dataclass(frozen=True, eq=False)
 class _Slice:
     "Where one slice lies and how its stored numbers become values."
@@ -30,7 +31,6 @@ class _Slice:
     slope: float
     intercept: float
     label: str  # instance or frame number, for messages
-    limits: tuple[int, int]  # smallest and largest number that can be stored
     meta: dict = field(default_factory=dict)
 
 # %% ../nbs/02_dicom.ipynb #5e37c5b3
@@ -64,14 +64,13 @@ def _slices(path: Path, dataset) -> list[_Slice]:
         slices.append(_slice(path, frame, find))
     return slices
 
-# %% ../nbs/02_dicom.ipynb #188da909
+# %% ../nbs/02_dicom.ipynb #46d3af39
 def _slice(path: Path, frame: int | None, find) -> _Slice:
     "One slice from a function that finds its attributes."
     ct = find("Modality") == "CT"
     if find("SamplesPerPixel", 1) != 1 or (ct and None in (find("RescaleSlope"), find("RescaleIntercept"))):
         refuse("folder", f"{path.name}, which has colour or is a CT without RescaleSlope and RescaleIntercept",
                "grey images whose CT numbers can become HU", "export the original series")
-    bits, signed = int(find("BitsStored", 16)), find("PixelRepresentation", 0) == 1
     meta = {"modality": find("Modality"), "series_uid": str(find("SeriesInstanceUID")),
             "slice_thickness": find("SliceThickness"), "kernel": find("ConvolutionKernel"), "units": find("Units")}
     rows, columns = np.reshape(np.array(find("ImageOrientationPatient"), float), (2, 3))
@@ -80,8 +79,7 @@ def _slice(path: Path, frame: int | None, find) -> _Slice:
         np.array(find("PixelSpacing"), float), (int(find("Rows")), int(find("Columns"))),
         float(find("RescaleSlope", 1)), float(find("RescaleIntercept", 0)),
         str(find("InstanceNumber", "?")) if frame is None else f"frame {frame + 1}",
-        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1),
-        {name: value if isinstance(value, (int, float)) else str(value) for name, value in meta.items() if value is not None})
+        {name: float(value) if isinstance(value, float) else str(value) for name, value in meta.items() if value is not None})
 
 # %% ../nbs/02_dicom.ipynb #427cd2ac
 MAX_FILES = 50_000  # a folder with more is an archive, not a series
@@ -97,7 +95,7 @@ def _files(folder: Path) -> list[Path]:
             refuse("folder", f"{folder} with more than {MAX_FILES} files", "the folder of one series", "name that folder")
     return [path for path in paths if path.is_file() and path.resolve().is_relative_to(root)]
 
-# %% ../nbs/02_dicom.ipynb #52ccac3c
+# %% ../nbs/02_dicom.ipynb #87139c48
 def _scan(paths: list[Path]) -> tuple[list[_Slice], Counter]:
     "Slices of all readable files, and how many files of which kind were skipped."
     import pydicom
@@ -105,8 +103,9 @@ def _scan(paths: list[Path]) -> tuple[list[_Slice], Counter]:
     slices, skipped = [], Counter()
     for path in paths:
         try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True)
-            found = _slices(path, dataset)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pydicom's remarks on values that break a rule but can be read
+                found = _slices(path, pydicom.dcmread(path, stop_before_pixels=True))
         except InputError:
             raise
         except Exception:  # a stray file of any content, or a header that says nothing usable
@@ -147,14 +146,16 @@ def _same_plane(slices: list[_Slice]):
         refuse("folder", f"orientation {first.orientation.round(4).tolist()}", "two perpendicular unit vectors and "
                "finite positions", "export the series again: its header is damaged")
 
-# %% ../nbs/02_dicom.ipynb #5ada9e2c
+# %% ../nbs/02_dicom.ipynb #20f2e4e4
 def _stack(slices: list[_Slice]) -> tuple[list[_Slice], float]:
     "Slices in order along their normal, and the distance between them in mm."
     normal = np.cross(*slices[0].orientation)
     slices = sorted(slices, key=lambda s: s.position @ normal)
     at = np.array([s.position @ normal for s in slices])
+    if len(slices) == 1 and "slice_thickness" not in slices[0].meta:
+        refuse("folder", "a single slice without SliceThickness", "a series, or a slice of known thickness", "fetch the others")
     if len(slices) == 1:
-        return slices, float(slices[0].meta.get("slice_thickness", 0))
+        return slices, float(slices[0].meta["slice_thickness"])
     _check_gaps(slices, at)
     shift = np.linalg.norm([s.position - slices[0].position - (t - at[0]) * normal for s, t in zip(slices, at)], axis=1)
     if shift.max() > 0.5 * slices[0].spacing.min():
@@ -180,16 +181,14 @@ def _check_gaps(slices: list[_Slice], at: np.ndarray):
         refuse("folder", f"{bad.size} uneven gaps, the first of {gaps[k]:.2f} mm between the slices {between(k)}, where "
                f"{usual:.2f} mm is usual", "evenly spaced slices", "fetch the missing slices or separate the files")
 
-# %% ../nbs/02_dicom.ipynb #ea53c859
+# %% ../nbs/02_dicom.ipynb #e896b1bd
 def _values(slices: list[_Slice]) -> np.ndarray:
     "Rescaled values (D, H, W), int16 where exact, else float32."
-    bounds = [s.slope * limit + s.intercept for s in slices for limit in s.limits]
-    whole = all(s.slope == round(s.slope) and s.intercept == round(s.intercept) for s in slices)
-    dtype = np.int16 if whole and min(bounds) >= -(2**15) and max(bounds) < 2**15 else np.float32
-    out = np.empty((len(slices), *slices[0].shape), dtype)
+    out = np.empty((len(slices), *slices[0].shape), np.float32)
     for plane, s in zip(out, slices):
         plane[...] = _pixels(s) * s.slope + s.intercept
-    return out
+    whole = all(s.slope == round(s.slope) and s.intercept == round(s.intercept) for s in slices)
+    return out.astype(np.int16) if whole and out.min() >= -(2**15) and out.max() < 2**15 else out
 
 # %% ../nbs/02_dicom.ipynb #027d48c9
 def _pixels(s: _Slice) -> np.ndarray:
