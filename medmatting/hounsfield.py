@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LUNG', 'MEDIASTINUM', 'Window', 'check_hu', 'solving_range', 'check_range', 'calibrate']
 
-# %% ../nbs/05_hounsfield.ipynb #be0652f1
+# %% ../nbs/05_hounsfield.ipynb #236b3039
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
 
-from .checks import InputError, check_finite, describe, refuse
+from .checks import check_finite, describe, refuse
 from .volumes import Volume
 
 # %% ../nbs/05_hounsfield.ipynb #378ec072

@@ -6,14 +6,14 @@
 __all__ = ['SIGMA', 'LEVELS', 'CONN_THRESHOLD', 'PROTOCOLS', 'sad', 'mse', 'gradient_magnitude', 'grad', 'conn', 'conn_original',
            'Protocol', 'Score', 'score']
 
-# %% ../nbs/06_metrics.ipynb #1037c594
+# %% ../nbs/06_metrics.ipynb #c9ae18a8
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from .checks import InputError, check_finite, check_spacing, describe, refuse
+from .checks import check_finite, check_spacing, describe, refuse
 from .trimaps import UNKNOWN, check_trimap
 from .volumes import Volume
 

@@ -6,7 +6,7 @@
 __all__ = ['BACKGROUND', 'UNKNOWN', 'FOREGROUND', 'check_trimap', 'Core', 'TrimapInfo', 'trimap_from_raters', 'trimap_from_mask',
            'clean_trimap', 'trimap_from_file']
 
-# %% ../nbs/04_trimaps.ipynb #3c0d2c0a
+# %% ../nbs/04_trimaps.ipynb #9c7bbdf5
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from .checks import InputError, check_finite, check_spacing, describe, refuse
+from .checks import check_finite, check_spacing, describe, refuse
 from .volumes import Volume
 
 # %% ../nbs/04_trimaps.ipynb #982665bf
@@ -206,7 +206,7 @@ class TrimapInfo:
                 f"{self.erode_mm:g} mm inwards\n\n| class | before | after |\n|---|---:|---:|\n{rows}\n"
                 f"Cores ({len(self.cores)}): {cores}")
 
-# %% ../nbs/04_trimaps.ipynb #6b7a1e49
+# %% ../nbs/04_trimaps.ipynb #3cbc2cdf
 def trimap_from_raters(
     masks: np.ndarray | Sequence,  # (R, H, W), (R, D, H, W), or a list of arrays or Volumes; bool, 0/1 or 0/255
     dilate_mm: float = 1.0,  # mm, outwards: background this close to the union becomes unknown
@@ -215,7 +215,7 @@ def trimap_from_raters(
     vanishing: str = "refuse",  # or "keep": what to do with a core that erosion would remove
     return_info: bool = False,  # also return a `TrimapInfo`
 ) -> np.ndarray | Volume | tuple:  # uint8 0/128/255, a Volume if the masks are; with info, (trimap, info)
-    "Foreground is the intersection, background the complement of the union, the band between widened in mm (Sec. 4.1)."
+    "Foreground is the intersection, background the complement of the union, the band between widened in mm (3D Matting, Sec. 3)."
     binary = _masks(masks)
     size = _grid(masks, spacing, binary.ndim - 1)
     dilate, erode = _width("dilate_mm", dilate_mm), _width("erode_mm", dilate_mm if erode_mm is None else erode_mm)

@@ -35,8 +35,9 @@ def test_known_values_of_the_presets(hu, lung, mediastinum):
 
 def test_own_limits_and_functions_are_the_literal_equation():
     q, p = lambda x: np.clip((x + 900) / 1500, 0, 0.4), lambda x: 1 / (1 + (x - 200) / 100)
-    result = calibrate(HU, MEDIASTINUM, l_low=-100, l_high=200, q=q, p=p)
-    assert np.allclose(result, literal(HU, MEDIASTINUM, -100, 200, q, p), atol=1e-6)
+    for low, high in ((-100, 200), (-160, 240)):  # the second pair are values that occur: both count as pure lesion
+        result = calibrate(HU, MEDIASTINUM, l_low=low, l_high=high, q=q, p=p)
+        assert np.allclose(result, literal(HU, MEDIASTINUM, low, high, q, p), atol=1e-6)
 
 
 def test_own_l_low_keeps_q_continuous():

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 from medmatting.checks import InputError
+from medmatting.files import write
 from medmatting.trimaps import check_trimap, clean_trimap, trimap_from_file, trimap_from_mask, trimap_from_raters
 from medmatting.volumes import Volume
 
@@ -193,6 +195,13 @@ def test_keep_stops_before_the_core_is_gone_and_says_so():
     assert "erosion stopped" in info._repr_markdown_()
 
 
+def test_cores_that_touch_at_a_corner_are_one():
+    mask = np.zeros((16, 16), bool)
+    mask[2:9, 2:9] = mask[9:11, 9:11] = True
+    trimap, info = trimap_from_mask(mask, 1.0, return_info=True)
+    assert [core.voxels for core in info.cores] == [53] and (trimap[9:11, 9:11] == 128).all()
+
+
 # --- Volumes and bad masks -----------------------------------------------------------------------------------------
 
 def test_volumes_give_a_volume_on_their_grid():
@@ -273,3 +282,33 @@ def test_a_clean_trimap_passes_without_warning():
 def test_what_is_no_grey_trimap_is_refused(bad, more):
     with pytest.raises(InputError):
         clean_trimap(bad, **more)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+def test_a_picture_with_greys_is_read(tmp_path):
+    Image.fromarray(GREYS).save(tmp_path / "grey.png")
+    Image.fromarray(np.stack([GREYS] * 3, -1)).save(tmp_path / "colour.png")
+    for name in ("grey.png", "colour.png"):
+        trimap, odd = trimap_from_file(tmp_path / name, return_info=True)
+        assert np.array_equal(trimap.array, [[0, 0, 128, 128], [128, 128, 128, 255]]) and sum(odd.values()) == 4
+        assert (trimap.shape, trimap.channels) == ((2, 4), False)
+
+
+def test_a_volume_file_keeps_its_grid(tmp_path):
+    write(tmp_path / "trimap.nii.gz", Volume(GOOD, (2.5, 0.7, 0.7), (1.0, 2.0, 3.0)))
+    trimap = trimap_from_file(tmp_path / "trimap.nii.gz")
+    assert np.array_equal(trimap.array, GOOD)
+    assert np.allclose(trimap.spacing, (2.5, 0.7, 0.7)) and np.allclose(trimap.origin, (1, 2, 3))
+
+
+def test_a_coloured_picture_is_refused(tmp_path):
+    Image.fromarray(np.stack([GREYS, GREYS, GREYS[::-1]], -1)).save(tmp_path / "colour.png")
+    with pytest.raises(InputError, match="colour image"):
+        trimap_from_file(tmp_path / "colour.png")
+
+
+def test_a_label_file_is_refused(tmp_path):
+    Image.fromarray(GOOD[0] // 127).save(tmp_path / "labels.png")
+    with pytest.raises(InputError):
+        trimap_from_file(tmp_path / "labels.png")
