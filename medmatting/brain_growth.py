@@ -72,7 +72,7 @@ class _Unpickler(pickle._Unpickler):
         raise UnsafePickleError("brain_growth: the pickle refers to something outside itself, which is not accepted;"
                                 " fetch the original file again.")
 
-# %% ../nbs/42_brain_growth.ipynb #4234fb3f
+# %% ../nbs/42_brain_growth.ipynb #072b061b
 def read_pickle(
     content: bytes,  # a pickle of dicts, lists, strings and uint8 arrays
 ):  # what it holds; its arrays are uint8
@@ -84,7 +84,7 @@ def read_pickle(
     except Exception as error:  # a damaged pickle can fail in any way; none of them is of use to the reader
         raise DataError(f"brain_growth: the pickle is damaged ({type(error).__name__}); fetch it again.") from error
 
-
+# %% ../nbs/42_brain_growth.ipynb #ebb5643c
 def _plain(value, done=None):
     "Replace the stand-ins by their arrays; refuse what is not plain data."
     done = {} if done is None else done
@@ -105,7 +105,7 @@ def _plain(value, done=None):
     raise UnsafePickleError(f"brain_growth: the pickle holds a {type(value).__name__}, but only dicts, lists, strings"
                             " and arrays are accepted; fetch the original file again.")
 
-# %% ../nbs/42_brain_growth.ipynb #06b213ca
+# %% ../nbs/42_brain_growth.ipynb #16cb0083
 LARGEST_MEMBER = 8 << 20  # bytes unpacked; the pickle has 5.8 million
 MOST_MEMBERS = 100  # the trimaps are 39, in one folder
 
@@ -124,7 +124,7 @@ def read_zip(
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch it again.") from error
 
-
+# %% ../nbs/42_brain_growth.ipynb #9381c8b2
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path) -> bytes:
     "One member of an archive, refused if its name leads outside or if it is too large."
     parts = info.filename.replace("\\", "/").split("/")
