@@ -189,7 +189,7 @@ def run_data(arguments) -> int:
             print(f"{name}: {len(registry.verify(name, arguments.folder))} files have the right SHA-256")
     return 0
 
-# %% ../nbs/60_cli.ipynb #da6e4774
+# %% ../nbs/60_cli.ipynb #1e68bcc6
 def add_reproduce(commands):
     "Arguments of `medmatting reproduce`."
     parser = commands.add_parser("reproduce", help="bring tables and figures up to date",
@@ -202,11 +202,13 @@ def add_reproduce(commands):
 
 def run_reproduce(arguments) -> int:
     "Run what is out of date; 1 if an item failed."
-    from medmatting import run
+    from medmatting import claims, run
 
     if arguments.jobs < 1:
         refuse("--jobs", str(arguments.jobs), "a positive number", "leave it out for one job")
-    return int(run.reproduce(arguments.items or None, arguments.profile, arguments.jobs).failed)
+    outcomes = run.reproduce(arguments.items or None, arguments.profile, arguments.jobs)
+    print(claims.update_claims())
+    return int(outcomes.failed)
 
 # %% ../nbs/60_cli.ipynb #85a0d3a8
 def make_parser() -> argparse.ArgumentParser:
