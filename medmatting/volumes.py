@@ -14,8 +14,8 @@ from scipy import ndimage
 
 from .checks import InputError, check_spacing, describe, refuse
 
-# %% ../nbs/01_volumes.ipynb #bf3aaa3a
-@dataclass(frozen=True, eq=False)
+# %% ../nbs/01_volumes.ipynb #d171b89a
+@dataclass(frozen=True, eq=False, repr=False)
 class Volume:
     "An image on a regular grid in patient space."
 
@@ -52,6 +52,10 @@ class Volume:
     def shape(self) -> tuple[int, ...]:
         "Shape of the grid, without channels."
         return self.array.shape[: self.ndim]
+
+    def __repr__(self):
+        size = " x ".join(f"{s:.4g}" for s in self.spacing)
+        return f"Volume{self.array.shape} {self.array.dtype}, {size} mm{', ' + self.unit if self.unit else ''}"
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self.array, dtype=dtype, copy=copy)
