@@ -60,7 +60,7 @@ def add_solver_options(parser):
     parser.add_argument("--solver", default="auto", help="auto (default), matrix-free or direct")
     parser.add_argument("--device", default="cpu", help="cpu (default) or a CUDA device of PyTorch")
 
-# %% ../nbs/60_cli.ipynb #29ac2acc
+# %% ../nbs/60_cli.ipynb #bb805cf0
 def read_trimap(arguments, image):
     "Trimap of the arguments, on the grid of the image where the file has no geometry of its own."
     from dataclasses import replace
@@ -78,6 +78,8 @@ def read_trimap(arguments, image):
         return clean_trimap(trimap) if arguments.clean_trimap else trimap.with_array(check_trimap(trimap, image.shape))
     if arguments.mask:
         return trimap_from_mask(read_label(arguments.mask), arguments.band_mm, vanishing=arguments.vanishing)
+    if len(arguments.raters) < 2:
+        refuse("--raters", "one mask", "the masks of two or more raters", "use --mask for a single one")
     masks = [read_label(path) for path in arguments.raters]
     return trimap_from_raters(masks, arguments.dilate_mm, arguments.erode_mm, vanishing=arguments.vanishing)
 
@@ -97,7 +99,7 @@ class Counter:
         if self.shown:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/60_cli.ipynb #c0828ea5
+# %% ../nbs/60_cli.ipynb #50982245
 def check_output(path: Path, overwrite: bool):
     "Refuse an output that exists, before anything is computed."
     if path.exists() and not overwrite:
@@ -112,7 +114,7 @@ def run_matte(arguments) -> int:
         check_output(path, arguments.overwrite)
     native = image = read(arguments.image)
     trimap = read_trimap(arguments, image)
-    if arguments.resample:
+    if arguments.resample is not None:
         image, trimap = resample(image, arguments.resample), resample(trimap, arguments.resample, order="nearest")
     counter = Counter()
     pairs = {name: tuple(value) for name in ("hu_range", "intensity_range") if (value := getattr(arguments, name))}
@@ -120,7 +122,7 @@ def run_matte(arguments) -> int:
     alpha, info = matte(image, trimap, arguments.method, window=Window(*arguments.window), progress=counter, return_info=True,
                         **pairs, **{name: getattr(arguments, name) for name in names})
     counter.clear()
-    if arguments.resample:
+    if arguments.resample is not None:
         alpha = resample_like(alpha, native)
     write(arguments.output, alpha, bits=arguments.bits)
     if arguments.info:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'intensity_limits', 'MatteInfo', 'matte']
 
-# %% ../nbs/19_matting.ipynb #5d5db626
+# %% ../nbs/19_matting.ipynb #ed9d5185
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -19,7 +19,7 @@ from .energy import WINDOW_RULES, Region, make_region
 from .hounsfield import LUNG, Window, calibrate, check_hu, check_range
 from .linear import Solution, pcg
 from .trimaps import check_trimap
-from .volumes import Volume
+from .volumes import Volume, check_same_grid
 
 # %% ../nbs/19_matting.ipynb #eafd1390
 def intensity_limits(
@@ -45,7 +45,7 @@ def intensity_limits(
     refuse("image", describe(array), "uint8, uint16, floats within [0, 1], or an explicit range",
            "give hu_range=(-1000, 400) if these are Hounsfield units, otherwise intensity_range=(low, high)")
 
-# %% ../nbs/19_matting.ipynb #7f731e08
+# %% ../nbs/19_matting.ipynb #19fa6c0c
 def _grids(image, trimap, spacing):
     "Image as (D, H, W, C) view, trimap as (D, H, W), spacing of the grid; shapes and grids checked against each other."
     array, ndim = np.asarray(image), np.ndim(trimap)
@@ -59,22 +59,11 @@ def _grids(image, trimap, spacing):
     spacings = [v.spacing for v in (image, trimap) if isinstance(v, Volume)] + [check_spacing(spacing, ndim)] * (spacing is not None)
     if any(not np.allclose(s, spacings[0], rtol=1e-3) for s in spacings):
         refuse("spacing", " and ".join(map(str, spacings)), "one spacing", "resample image and trimap to one grid")
-    if isinstance(image, Volume) and isinstance(trimap, Volume) and not _same_place(image, trimap):
-        refuse("trimap", f"a grid at {_place(trimap)} beside an image at {_place(image)}", "one position and orientation",
-               "bring the trimap to the grid of the image, as resample_like(trimap, image) does")
+    if isinstance(image, Volume) and isinstance(trimap, Volume):
+        check_same_grid("trimap", trimap, image)
     check_finite("image", array)
     view = array if array.ndim > ndim else array[..., None]
     return (view if ndim == 3 else view[None]), check_trimap(trimap).reshape((1,) * (3 - ndim) + np.shape(trimap)), spacings[:1]
-
-# %% ../nbs/19_matting.ipynb #89cba765
-def _same_place(a: Volume, b: Volume) -> bool:
-    "Whether two grids start at one place (to a tenth of a voxel) and run the same way."
-    apart = np.linalg.norm(np.subtract(a.origin, b.origin))
-    return bool(apart < 0.1 * min(a.spacing) and np.allclose(a.direction, b.direction, atol=1e-3))
-
-
-def _place(volume: Volume) -> str:
-    return f"origin {np.round(volume.origin, 2).tolist()}, axes {np.round(volume.direction, 2).tolist()}"
 
 # %% ../nbs/19_matting.ipynb #41d19a0e
 @dataclass(frozen=True)
