@@ -60,7 +60,7 @@ lab: $(READY)
 	$(PY) -m jupyterlab nbs/tutorials
 
 bench: $(READY)
-	$(PY) -m medmatting.bench
+	$(PY) -c "from medmatting.bench import main; main()"
 
 lock: $(READY)
 	$(PY) tests/requirements.py
