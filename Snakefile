@@ -16,7 +16,7 @@ rule all:
         [run.stamp(item, PROFILE, ROOT) for item in ITEMS],
 
 
-for item in ITEMS:
+for number, item in enumerate(ITEMS):
 
     # The stamp is named by the fingerprint of everything that decides the result, so no time stamp matters.
     rule:
@@ -30,6 +30,8 @@ for item in ITEMS:
             item=item.id,
             profile=PROFILE,
             root=ROOT,
+        # The order of the manifest, where cores are scarce.
+        priority: len(ITEMS) - number
         threads: int(config.get("threads", 1))
         resources:
             mem_mb=int(1024 * item.resources["memory_gb"]),

@@ -111,7 +111,7 @@ _RULES = {
     "claims": (_texts, "a list of claim ids"),
 }
 
-# %% ../nbs/50_manifest.ipynb #c6625dee
+# %% ../nbs/50_manifest.ipynb #a06359b8
 def read_item(
     entry,  # one entry of the manifest as YAML gives it
     where: str = "manifest",  # name of the entry for messages
@@ -122,7 +122,7 @@ def read_item(
     where = f"manifest item {entry.get('id', where)!r}"
     if wrong := set(entry) ^ set(_RULES):
         kind = "an unknown" if wrong & set(entry) else "a missing"
-        name = sorted(wrong & set(entry) or wrong)[0]
+        name = sorted(wrong & set(entry) or wrong, key=str)[0]
         refuse(where, f"{kind} key {name!r}", ", ".join(_RULES), "correct the spelling or complete the entry")
     for key, (test, accepted) in _RULES.items():
         if not test(entry[key]):

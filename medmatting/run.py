@@ -372,13 +372,14 @@ def job(
     say(f"{name}: done in {record['seconds']:.0f} s")
     return 0
 
-# %% ../nbs/51_run.ipynb #9c0f1b3b
+# %% ../nbs/51_run.ipynb #4741fcbd
 def _snakemake(stamps: list[str], profile: str, jobs: int, root: Path):
     "Let Snakemake make the stamps; its own messages go to build/snakemake.log."
     threads = max(1, (os.cpu_count() or 1) // jobs)
     build = root / "build"
     for old in stamps:
         (build / old).unlink(missing_ok=True)
+        (build / old).with_name("failed.txt").unlink(missing_ok=True)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(build),
                "--cores", str(jobs * threads), "--config", f"profile={profile}", f"threads={threads}", "--quiet", "all",
                "--keep-going", "--nolock", "--ignore-incomplete", "--rerun-triggers", "mtime",
@@ -413,7 +414,7 @@ class Outcomes(list):
             lines.append(f"{o.item:{width}}  {o.status:16}  {seconds:>7}" + (f"  {o.note}" if o.note else ""))
         return "\n".join(lines)
 
-# %% ../nbs/51_run.ipynb #437507b6
+# %% ../nbs/51_run.ipynb #7728e879
 def _absent(item: Item) -> Outcome | None:
     "Outcome of an item whose data are not there, `None` if they are."
     for name in item.inputs:
@@ -431,15 +432,20 @@ def _finished(item: Item, profile: str, root: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _after(item: Item, profile: str, root: Path) -> Outcome:
-    "Outcome of an item that had to be run."
+def _after(item: Item, profile: str, root: Path, parts: dict) -> Outcome:
+    "Outcome of an item that had to be run with these parts."
     if record := _finished(item, profile, root):
         return Outcome(item.id, "ran", record["seconds"])
     note = folder_of(item, profile, root) / "failed.txt"
-    told = note.read_text(encoding="utf-8").splitlines()[0] if note.exists() else "stopped; see build/snakemake.log"
-    return Outcome(item.id, "failed", None, told)
+    if note.exists():
+        return Outcome(item.id, "failed", None, note.read_text(encoding="utf-8").splitlines()[0])
+    package_hash.cache_clear()
+    reason = why(parts, made_from(item, profile, root))
+    if reason.startswith("changed"):
+        return Outcome(item.id, "failed", None, f"{reason} meanwhile; run the command again")
+    return Outcome(item.id, "failed", None, "stopped without a result; see build/snakemake.log")
 
-# %% ../nbs/51_run.ipynb #aeaadbbb
+# %% ../nbs/51_run.ipynb #47ca02ac
 def reproduce(
     items: list[str] | None = None,  # ids of the manifest; all of them if not given
     profile: str = "quick",  # "quick" or "full"
@@ -451,17 +457,17 @@ def reproduce(
     package_hash.cache_clear()
     chosen = read_manifest(root).select(items)
     outcomes = {item.id: _absent(item) for item in chosen}
-    stale = []
+    stale = {}  # id -> the parts it is run with
     for item in chosen:
         if outcomes[item.id] is None and (record := _finished(item, profile, root)):
             outcomes[item.id] = Outcome(item.id, "up to date", record["seconds"])
         elif outcomes[item.id] is None:
-            stale.append(item)
-            last = last_record(folder_of(item, profile, root))
-            say(f"{item.id}: {why(last and last['made_from'], made_from(item, profile, root))}")
-    if stale:
-        _snakemake([stamp(item, profile, root) for item in stale], profile, jobs, root)
-    outcomes.update((item.id, _after(item, profile, root)) for item in stale)
+            last, stale[item.id] = last_record(folder_of(item, profile, root)), made_from(item, profile, root)
+            say(f"{item.id}: {why(last and last['made_from'], stale[item.id])}")
+    waiting = [item for item in chosen if item.id in stale]
+    if waiting:
+        _snakemake([stamp(item, profile, root) for item in waiting], profile, jobs, root)
+    outcomes.update((item.id, _after(item, profile, root, stale[item.id])) for item in waiting)
     for item in chosen:
         if outcomes[item.id].status in ("ran", "up to date"):
             publish(item, profile, root)

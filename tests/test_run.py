@@ -207,12 +207,12 @@ def test_a_killed_run_continues(tmp_path):
     slow = f'import time\nfrom pathlib import Path\nwhile Path({str(tmp_path)!r}, "slow").exists():\n    time.sleep(0.1)'
     root = repository(tmp_path, {"first": notebook(GOOD), "second": notebook(slow, GOOD)})
     (tmp_path / "slow").touch()
-    code = "import sys; from medmatting.run import reproduce; reproduce(root=sys.argv[1])"
+    code = "import sys; from medmatting.run import reproduce; reproduce(root=sys.argv[1], jobs=2)"
     process = subprocess.Popen([sys.executable, "-c", code, str(root)], start_new_session=True, stdout=subprocess.DEVNULL)
-    build = root / "build/quick"
+    build, latest = root / "build/quick", time.monotonic() + 200
     try:
         while not (list(build.glob("first/*.done")) and (build / "second/.running").exists()):
-            assert process.poll() is None
+            assert process.poll() is None and time.monotonic() < latest
             time.sleep(0.1)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -222,6 +222,16 @@ def test_a_killed_run_continues(tmp_path):
     (tmp_path / "slow").unlink()
     assert {o.item: o.status for o in run.reproduce(root=root)} == {"first": "up to date", "second": "ran"}
     assert run.last_record(build / "first") == first and published(root, "second").exists()
+
+
+def test_an_edit_during_a_run_is_noticed(tmp_path):
+    "The record would name a notebook that is not the one that ran, so there is no record."
+    edit = "from pathlib import Path\nnotebook = Path('../../../../nbs/experiments/good.ipynb')\n"
+    edit += "notebook.write_text(notebook.read_text().replace('harmless', 'changed'))"
+    root = repository(tmp_path, {"good": notebook(edit, GOOD, "'harmless'")})
+    with pytest.raises(run.RunError, match="the notebook while the notebook ran"):
+        run.run_item(item_of(root), root=root)
+    assert run.last_record(root / "build/quick/good") is None
 
 
 def test_two_processes_share_one_run(tmp_path):
