@@ -29,10 +29,11 @@ from .checks import InputError, atomic_path
 from .manifest import Item, find_root, parameters, read_manifest
 from .registry import DataError, dataset, is_present, locate
 
-# %% ../nbs/51_run.ipynb #d0d156c1
+# %% ../nbs/51_run.ipynb #97dd42bb
 PACKAGES = ("numpy", "scipy", "numba", "torch", "torchvision", "pandas", "matplotlib", "scikit-image", "pymatting",
             "SimpleITK", "pydicom", "pillow")
-_NOT_COMPUTING = {"manifest.py", "run.py", "claims.py", "report.py", "cli.py", "_modidx.py"}
+_NOT_COMPUTING = {"manifest.py", "run.py", "claims.py", "report.py", "bench.py", "cli.py",
+                  "__main__.py", "_modidx.py"}
 
 
 def _sha(data: bytes) -> str:
