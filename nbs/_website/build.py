@@ -152,8 +152,8 @@ def prepare():
     "Fill _proc/ with everything a renderer needs."
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir()
-    shutil.copy(HERE / "style.css", STAGE)
-    shutil.copy(ROOT / "_quarto.yml", STAGE)
+    for path in (ROOT / "_quarto.yml", HERE / "style.css", HERE / "favicon.svg"):
+        shutil.copy(path, STAGE)
     sources = notebooks()
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(executed, sources))
