@@ -150,9 +150,10 @@ def test_it_can_be_read_in_the_dark_and_by_keyboard(address, browser):
     context = browser.new_context(color_scheme="dark", viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.goto(address, wait_until="networkidle")
-    back, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
-    brightness = lambda colour: sum(map(int, re.findall(r"\d+", colour)[:3]))
-    assert brightness(back) < 200 < 400 < brightness(ink)
+    style = "([place, what]) => getComputedStyle(document.querySelector(place))[what]"
+    brightness = lambda *asked: sum(map(int, re.findall(r"\d+", page.evaluate(style, asked))[:3]))
+    assert brightness("body", "backgroundColor") < 200 < 400 < brightness("body", "color")
+    assert brightness("#quarto-sidebar", "backgroundColor") < 200 < 400 < brightness("#quarto-sidebar a", "color")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.tagName") in ("A", "BUTTON", "INPUT")
     context.close()

@@ -173,7 +173,7 @@ def reference():
 
     settings = Settings(STAGE, ["medmatting"], out="api", root=ROOT)
     build(settings)
-    rows = [(m.__name__.rpartition(".")[2], (m.__doc__ or "").strip().split("\n")[0]) for m in package_modules("medmatting")]
+    rows = [(m.__name__.rpartition(".")[2], (m.__doc__ or "").strip().split("\n")[0].replace("|", "\\|")) for m in package_modules("medmatting")]
     lines = [f"| [`{name}`]({name}.qmd) | {summary} |" for name, summary in rows]
     text = ["---", "title: Reference", "description: Every public name, its parameters, their types and units", "---", "",
             "| module | |", "|---|---|", *lines]  # fmt: skip
