@@ -44,7 +44,7 @@ def to_device(name: str):
         refuse("device", repr(name), " or ".join(map(repr, known)), "use the default, 'cpu', or install a CUDA build")
     return torch.device(name)
 
-# %% ../nbs/13_closed_form_torch.ipynb #42cb68e2
+# %% ../nbs/13_closed_form_torch.ipynb #da4eabb0
 class TorchClosedForm:
     "Closed-form system on the dense crop of a region, in PyTorch (Eq. 2 and 3)."
 
@@ -126,6 +126,15 @@ class TorchClosedForm:
     def zeros(self):
         "A vector of zeros."
         return 0.0 * self.rhs
+
+    def start(self):
+        "First guess."
+        return self.zeros()
+
+    def residual(self, x, out):
+        "out = b - A x."
+        self.apply(x, out)
+        return out.neg_().add_(self.rhs)
 
     def dot(self, a, b) -> float:
         "Scalar product."

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['thread_count', 'run_chunks', 'HostSystem', 'ConvergenceError', 'Solution', 'pcg', 'solve_direct']
 
-# %% ../nbs/11_linear.ipynb #252c526d
+# %% ../nbs/11_linear.ipynb #8599037c
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Callable
 
 import numpy as np
-from numba import njit
 
+from .compiled import kernel
 from .energy import CHUNK
 
 # %% ../nbs/11_linear.ipynb #d416bb45
@@ -42,42 +42,56 @@ def run_chunks(
     for job in jobs:
         job.result()
 
-# %% ../nbs/11_linear.ipynb #99baa4d4
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _step(first, last, a, x, r, p, q, diagonal, sums):
+# %% ../nbs/11_linear.ipynb #529ac180
+@kernel(free_sums=True)
+def _step(first, last, a, x, r, p, q, jacobi, sums):
     "x += a p, r -= a q; sums of r'r/M and r'r."
     for chunk in range(first, last):
         low, high = chunk * CHUNK, min((chunk + 1) * CHUNK, x.size)
-        xs, rs, ps, qs, ds = x[low:high], r[low:high], p[low:high], q[low:high], diagonal[low:high]
+        xs, rs, ps, qs, ds = x[low:high], r[low:high], p[low:high], q[low:high], jacobi[low:high]
         rz = rr = 0.0
         for k in range(high - low):
             xs[k] += a * ps[k]
             value = rs[k] - a * qs[k]
             rs[k] = value
             rr += value * value
-            rz += value * value / ds[k]
+            rz += value * value * ds[k]
         sums[0, chunk], sums[1, chunk] = rz, rr
 
 
-@njit(nogil=True, cache=True)
-def _turn(first, last, beta, p, r, diagonal):
+@kernel
+def _turn(first, last, beta, p, r, jacobi):
     "p = r/M + beta p."
     for chunk in range(first, last):
         low, high = chunk * CHUNK, min((chunk + 1) * CHUNK, p.size)
-        ps, rs, ds = p[low:high], r[low:high], diagonal[low:high]
+        ps, rs, ds = p[low:high], r[low:high], jacobi[low:high]
         for k in range(high - low):
-            ps[k] = rs[k] / ds[k] + beta * ps[k]
+            ps[k] = rs[k] * ds[k] + beta * ps[k]
 
-# %% ../nbs/11_linear.ipynb #f097f5fd
+# %% ../nbs/11_linear.ipynb #285f64af
 class HostSystem:
     "Vector operations on flat NumPy arrays; subclasses give `rhs`, `diagonal` and `apply(p, out)`."
 
     rhs: np.ndarray  # (n,) right-hand side
     diagonal: np.ndarray  # (n,) diagonal of the matrix, positive
 
+    @cached_property
+    def jacobi(self) -> np.ndarray:
+        "The preconditioner, 1/M."
+        return 1 / self.diagonal
+
     def zeros(self) -> np.ndarray:
         "A vector of zeros."
         return np.zeros_like(self.rhs)
+
+    def start(self) -> np.ndarray:
+        "First guess; the relative residual is 1 there."
+        return self.zeros()
+
+    def residual(self, x: np.ndarray, out: np.ndarray) -> np.ndarray:
+        "out = b - A x."
+        self.apply(x, out)
+        return np.subtract(self.rhs, out, out=out)
 
     def dot(self, a: np.ndarray, b: np.ndarray) -> float:
         "Scalar product."
@@ -86,12 +100,12 @@ class HostSystem:
     def step(self, a: float, x, r, p, q) -> tuple[float, float]:
         "x += a p and r -= a q in place; returns r'r/M and r'r."
         sums = np.empty((2, -(-x.size // CHUNK)))
-        run_chunks(_step, sums.shape[1], a, x, r, p, q, self.diagonal, sums)
+        run_chunks(_step, sums.shape[1], a, x, r, p, q, self.jacobi, sums)
         return tuple(sums.sum(axis=1))
 
     def turn(self, beta: float, p, r):
         "p = r/M + beta p, in place."
-        run_chunks(_turn, -(-p.size // CHUNK), beta, p, r, self.diagonal)
+        run_chunks(_turn, -(-p.size // CHUNK), beta, p, r, self.jacobi)
 
 # %% ../nbs/11_linear.ipynb #ed7621da
 class ConvergenceError(RuntimeError):
@@ -106,30 +120,30 @@ class Solution:
     iterations: int  # products with the matrix; 0 for a direct solve
     residual: float  # norm(b - A x) / norm(b), recomputed in float64
 
-# %% ../nbs/11_linear.ipynb #a56ec3c2
+# %% ../nbs/11_linear.ipynb #e57fc48e
 def pcg(
-    system,  # rhs, diagonal, zeros(), apply(p, out), dot, step, turn
+    system,  # start(), residual(x, out), apply(p, out), zeros(), dot, step, turn
     tol: float = 1e-6,  # relative residual to reach
     max_iterations: int = 10_000,  # products with the matrix
     progress: Callable[[int, float], None] | None = None,  # called with iteration and relative residual
 ) -> Solution:  # x, iterations, true residual
     "Conjugate gradients with Jacobi preconditioner; raises `ConvergenceError` instead of returning a bad answer."
-    size = system.dot(system.rhs, system.rhs) ** 0.5
-    x, q = system.zeros(), system.zeros()
+    x, r, q = system.start(), system.zeros(), system.zeros()
+    size = system.dot(system.residual(x, r), r) ** 0.5
     if size == 0:
         return Solution(x, 0, 0.0)
-    iterations, residual = 0, 1.0
+    iterations, previous = 0, np.inf
     while True:
-        system.apply(x, q)
-        r = system.rhs - q
-        previous, residual = residual, system.dot(r, r) ** 0.5 / size
+        residual = system.dot(r, r) ** 0.5 / size
         if residual <= tol:
             return Solution(x, iterations, residual)
         # A restart that no longer halves the residual has met the limits of the arithmetic.
-        stalled = iterations and residual > 0.5 * previous
+        stalled = residual > 0.5 * previous
         if stalled or iterations >= max_iterations:
             raise ConvergenceError(_why(iterations, residual, tol, stalled))
         iterations += _descend(system, x, r, q, tol * size, max_iterations - iterations, iterations, size, progress)
+        previous = residual
+        system.residual(x, r)
 
 # %% ../nbs/11_linear.ipynb #ce45fa24
 def _descend(system, x, r, q, target, budget, done, size, progress) -> int:
