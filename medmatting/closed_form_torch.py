@@ -44,7 +44,7 @@ def to_device(name: str):
         refuse("device", repr(name), " or ".join(map(repr, known)), "use the default, 'cpu', or install a CUDA build")
     return torch.device(name)
 
-# %% ../nbs/13_closed_form_torch.ipynb #da4eabb0
+# %% ../nbs/13_closed_form_torch.ipynb #c2f7ea02
 class TorchClosedForm:
     "Closed-form system on the dense crop of a region, in PyTorch (Eq. 2 and 3)."
 
@@ -62,8 +62,9 @@ class TorchClosedForm:
         self.region, self.device, self.radius = region, to_device(device), region.radius
         fixed = self._dense(1.0 - region.unknown)
         self.covered = self._dense(np.ones(region.spans.size))
-        self.image = torch.stack([self._dense(channel - channel.mean()) for channel in image])
-        self._statistics(eps)
+        self.shift = image.mean(1)
+        self.image = torch.stack([self._dense(channel - mean) for channel, mean in zip(image, self.shift)])
+        self._fill_windows(eps)
         self._constrain(self._dense(known) * fixed, fixed, constraint_weight)
 
     def _dense(self, flat: np.ndarray):
@@ -74,19 +75,23 @@ class TorchClosedForm:
         self.region.spans.scatter(np.asarray(flat, float), dense)
         return torch.from_numpy(dense).to(self.device)
 
-    def _statistics(self, eps: float):
-        "Mean, inverse of covariance + eps/|w|, and the windows that take part."
-        import torch
-
-        size, channels = self.region.window_size, len(self.image)
-        inside = tuple(slice(r, -r or None) for r in self.radius)
-        self.weight = self._dense(self.region.active)[inside] / size  # 1/|w| where a window takes part
+    def _covariances(self):
+        "Windows that take part, mean and covariance of the image in each."
+        size, inside = self.region.window_size, tuple(slice(r, -r or None) for r in self.radius)
+        self.active = self._dense(self.region.active)[inside]
+        self.count = spread_sums(self.active, self.radius)
         self.mean = box_sums(self.image, self.radius) / size
         squares = box_sums(self.image[:, None] * self.image[None], self.radius) / size
-        covariance = squares - self.mean[:, None] * self.mean[None]
-        covariance += eps / size * torch.eye(channels, device=self.device)[:, :, None, None, None].double()
-        self.inverse = torch.linalg.inv(covariance.permute(2, 3, 4, 0, 1)).permute(3, 4, 0, 1, 2) * (self.weight > 0)
-        self.count = spread_sums(self.weight, self.radius) * size
+        return squares - self.mean[:, None] * self.mean[None]
+
+    def _fill_windows(self, eps: float):
+        "Centre, matrix and weight of each window."
+        import torch
+
+        size, ridge = self.region.window_size, torch.eye(len(self.image), device=self.device).double()
+        covariance = self._covariances() + eps / size * ridge[:, :, None, None, None]
+        inverse = torch.linalg.inv(covariance.permute(2, 3, 4, 0, 1)).permute(3, 4, 0, 1, 2)
+        self.centre, self.matrix, self.weight = self.mean, inverse / size * self.active, self.active / size
 
     def _constrain(self, known, fixed, constraint_weight):
         "Right-hand side, free voxels and penalty for exact or soft constraints."
@@ -102,21 +107,20 @@ class TorchClosedForm:
 
     def _product(self, p):
         "L p, as a fit in each window and what it leaves unexplained."
-        level = box_sums(p, self.radius) * self.weight
-        covariance = box_sums(self.image * p, self.radius) / self.region.window_size - self.mean * level
-        slope = (self.inverse * covariance[None]).sum(1)
-        offset = level - (slope * self.mean).sum(0)
+        total = box_sums(p, self.radius)
+        moment = box_sums(self.image * p, self.radius) - self.centre * total
+        slope = (self.matrix * moment[None]).sum(1)
+        offset = self.weight * total - (slope * self.centre).sum(0)
         explained = spread_sums(offset, self.radius) + (self.image * spread_sums(slope, self.radius)).sum(0)
         return self.count * p - explained
 
     def _diagonal(self):
-        "Diagonal of L: Eq. 3 with i = j, the square multiplied out."
-        tilted = (self.inverse * self.mean[None]).sum(1)
-        constant = (tilted * self.mean).sum(0) + (self.weight > 0)
-        square = (self.image[:, None] * self.image[None] * spread_sums(self.inverse, self.radius)).sum((0, 1))
+        "Diagonal of L, the square multiplied out."
+        tilted = (self.matrix * self.centre[None]).sum(1)
+        constant = (tilted * self.centre).sum(0) + self.weight
+        square = (self.image[:, None] * self.image[None] * spread_sums(self.matrix, self.radius)).sum((0, 1))
         cross = (self.image * spread_sums(tilted, self.radius)).sum(0)
-        explained = square - 2 * cross + spread_sums(constant, self.radius)
-        return self.count - explained / self.region.window_size
+        return self.count - (square - 2 * cross + spread_sums(constant, self.radius))
 
     def apply(self, p, out) -> float:
         "out = A p; returns p'A p."

@@ -14,7 +14,7 @@ import numpy as np
 from .checks import refuse
 from .compiled import kernel
 
-# %% ../nbs/10_energy.ipynb #9a38bacc
+# %% ../nbs/10_energy.ipynb #f17caafc
 @dataclass(frozen=True)
 class Problem:
     "A matting problem, in the one form that all methods take."
@@ -22,7 +22,7 @@ class Problem:
     image: np.ndarray  # (D, H, W, C) of any real dtype, as it came
     limits: tuple[float, float]  # image values that become 0 and 1; values outside are clipped
     labels: np.ndarray  # (D, H, W) uint8, 0 background, 128 unknown, 255 foreground
-    known: np.ndarray  # (D, H, W) float32, S on known voxels, 0 on unknown ones
+    known: np.ndarray  # (D, H, W) float32, S on known voxels, 0 on unknown ones; a method may put alpha there
     spacing: tuple[float, float, float]  # mm for each axis; 1 for the missing axis of an image
 
     def scaled(
@@ -32,8 +32,11 @@ class Problem:
     ) -> np.ndarray:  # (C, n) float64 in [0, 1]
         "Channels at the voxels of a mask, clipped and scaled."
         low, high = self.limits
-        values = [self.image[box + (c,)][mask].astype(float) for c in range(self.image.shape[3])]
-        return (np.clip(values, low, high) - low) / (high - low)
+        values = np.empty((self.image.shape[3], np.count_nonzero(mask)))
+        for c, row in enumerate(values):
+            np.subtract(self.image[box + (c,)][mask], low, out=row, dtype=float)
+            row /= high - low
+        return np.clip(values, 0, 1, out=values)
 
 
 @dataclass(frozen=True)
