@@ -12,15 +12,16 @@ from collections.abc import Callable
 from numba import njit
 from numba.core import event
 
-# %% ../nbs/09_compiled.ipynb #3ae1ec48
+# %% ../nbs/09_compiled.ipynb #a2a11af5
 def kernel(
     function: Callable | None = None,  # loops over arrays
     free_sums: bool = False,  # whether sums may be taken in any order
+    exact: bool = False,  # whether products and sums are rounded one by one, as NumPy does
 ) -> Callable:  # compiled at the first call
     "Decorator for compiled loops."
     if function is None:
-        return lambda function: kernel(function, free_sums)
-    order = {"contract", "reassoc", "nsz"} if free_sums else {"contract"}
+        return lambda function: kernel(function, free_sums, exact)
+    order = set() if exact else {"contract", "reassoc", "nsz"} if free_sums else {"contract"}
     options = dict(nogil=True, error_model="numpy", fastmath=order)
     try:
         return njit(function, cache=True, **options)

@@ -6,14 +6,14 @@
 __all__ = ['REACH', 'QUERIES', 'FAR', 'BATCH', 'TREE_QUERY', 'TREE_TARGET', 'Displacements', 'displacements', 'Grid',
            'bounding_box', 'make_grid', 'Tree', 'Neighbours', 'nearest', 'squared_distance', 'reachable']
 
-# %% ../nbs/14_neighbours.ipynb #16c5fa67
+# %% ../nbs/14_neighbours.ipynb #346646c5
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
 from .checks import refuse
+from .compiled import kernel
 from .energy import Problem
 from .linear import run_chunks, thread_count
 
@@ -56,8 +56,8 @@ def displacements(
     steps = np.stack(np.unravel_index(near, spatial.shape), axis=1) - inside
     return Displacements(steps, spatial.ravel()[near], np.inf if complete else radius**2)
 
-# %% ../nbs/14_neighbours.ipynb #29adcb1b
-@njit(nogil=True, cache=True)
+# %% ../nbs/14_neighbours.ipynb #4492003f
+@kernel(exact=True)
 def _distance(here, own, there, values, spatial):
     "Squared distance in features."
     total = 0.0
@@ -67,7 +67,7 @@ def _distance(here, own, there, values, spatial):
     return total + spatial
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _insert(distance, step, jumps, best, place):
     "Put a candidate among the best, in the order of distance and position."
     k = best.size - 1
@@ -76,12 +76,12 @@ def _insert(distance, step, jumps, best, place):
         k -= 1
     best[k], place[k] = distance, step
 
-# %% ../nbs/14_neighbours.ipynb #2da32955
+# %% ../nbs/14_neighbours.ipynb #aeed68fc
 QUERIES = 2048  # queries in one piece of work
 FAR = np.finfo(float).max  # farther than any voxel, nearer than infinity
 
 
-@njit(nogil=True, cache=True)
+@kernel(exact=True)
 def _search(first, last, rows, corner, grid, padded, own, values, steps, jumps, spatial, limit, begin,
             indices, distances, kth, visited):
     "K nearest targets of each query; kth is -1 where that is certain, otherwise the K-th distance so far."
@@ -298,8 +298,8 @@ def _walk(grid, near, patience, begin, neighbours, distances, count):
     run_chunks(_search, -(-n // QUERIES), *grid.walk(near, patience), begin, indices, squares, kth, visited)
     return indices, squares, kth, visited
 
-# %% ../nbs/14_neighbours.ipynb #a4d929a5
-@njit(nogil=True, cache=True)
+# %% ../nbs/14_neighbours.ipynb #94e3b1a8
+@kernel
 def _envelope(first, last, lines, step):
     "Squared distance transform along the last axis of (n, m, length), in place."
     length = lines.shape[2]
@@ -338,8 +338,8 @@ def squared_distance(
         run_chunks(_envelope, lines.shape[0] * lines.shape[1], lines, spacing[axis])
     return squares
 
-# %% ../nbs/14_neighbours.ipynb #6d954006
-@njit(nogil=True, cache=True)
+# %% ../nbs/14_neighbours.ipynb #81c4c66c
+@kernel
 def _reaches(first, last, rows, corner, grid, padded, own, values, steps, jumps, spatial, limit, neighbours, enough, reaches):
     "Whether fewer than K targets are nearer than `enough`."
     for q in range(first * QUERIES, min(last * QUERIES, rows.size)):
