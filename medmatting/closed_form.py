@@ -324,7 +324,7 @@ def _add_windows(centres, number, radius, image, scale, weight, centre, matrix, 
                 place = ((shift[b, 0] - shift[a, 0] + 2 * radius[0]) * 5 + shift[b, 1] - shift[a, 1] + 2) * 5 + shift[b, 2] - shift[a, 2] + 2
                 entries[row, place] += (1.0 if a == b else 0.0) - explained
 
-# %% ../nbs/12_closed_form.ipynb #70d7b520
+# %% ../nbs/12_closed_form.ipynb #f09d037b
 def assemble(
     system: WindowSystem,  # windows and constraints
 ):  # (m, m) scipy sparse array over the free voxels, in storage order
@@ -343,11 +343,13 @@ def assemble(
                  rank, entries)
     entries[region.unknown[free] == 0, entries.shape[1] // 2] += system.penalty
     shifts = np.array([(z * number.shape[1] + y) * number.shape[2] + x for z in range(-reach[0], reach[0] + 1)
-                       for y in range(-2, 3) for x in range(-2, 3)])
-    home = np.flatnonzero(number >= 0)[free]  # spans are stored in the order of the voxels
-    column = np.append(rank, np.int32(-1))[number.ravel()[home[:, None] + shifts]]
+                       for y in range(-2, 3) for x in range(-2, 3)], np.int32)
+    home = np.flatnonzero(number >= 0)[free].astype(np.int32)  # spans are stored in the order of the voxels
+    column = number.ravel()[home[:, None] + shifts]
+    column = np.append(rank, np.int32(-1))[column]
     valid = column >= 0
-    return csr_array((entries[valid], column[valid], np.append(0, np.cumsum(valid.sum(1)))), shape=(len(entries),) * 2)
+    ends = np.append(0, np.cumsum(valid.sum(1))).astype(np.int32)
+    return csr_array((entries[valid], column[valid], ends), shape=(len(entries),) * 2)
 
 # %% ../nbs/12_closed_form.ipynb #694af250
 def solve_assembled(system: WindowSystem) -> Solution:
