@@ -153,7 +153,7 @@ def test_it_can_be_read_in_the_dark_and_by_keyboard(address, browser):
     style = "([place, what]) => getComputedStyle(document.querySelector(place))[what]"
     brightness = lambda *asked: sum(map(int, re.findall(r"\d+", page.evaluate(style, asked))[:3]))
     assert brightness("body", "backgroundColor") < 200 < 400 < brightness("body", "color")
-    assert brightness("#quarto-sidebar", "backgroundColor") < 200 < 400 < brightness("#quarto-sidebar a", "color")
+    assert brightness("#quarto-sidebar", "backgroundColor") < 100 < 300 < brightness("#quarto-sidebar a", "color")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.tagName") in ("A", "BUTTON", "INPUT")
     context.close()
