@@ -282,13 +282,13 @@ class _State:
                 progress(layer, left / len(pixels))
         return rounds, float(change)
 
-# %% ../nbs/18_bayesian.ipynb #224b9702
+# %% ../nbs/18_bayesian.ipynb #9fa361ba
 def solve(
     problem: Problem,  # a 2D image, grey or colour; its labels and known values
     tol: float,  # a pixel is done when alpha moves by no more than this
     max_iterations: int,  # upper limit for `alternations`
     progress: Callable | None,  # called with the layer and the part of the pixels that is left
-    radius: float = 25.0,  # radius of the window, in pixels (the shorter edge)
+    radius: float = 16.0,  # radius of the window, in pixels (the shorter edge)
     sigma: float = 8.0,  # of the Gaussian falloff, in pixels; at least radius / 25
     min_samples: int = 10,  # opaque pixels that a window must hold
     sigma_c: float = 0.01,  # standard deviation of the mixture, image from 0 to 1
