@@ -6,7 +6,7 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #91380c95
+# %% ../nbs/19_matting.ipynb #ee42f1c7
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from .energy import WINDOW_RULES, Problem, Solved, make_region
 from .hounsfield import LUNG, Window, calibrate, check_hu, check_range
 from .learning_based import LearningBased, TorchLearningBased
 from .linear import pcg
+from .regions import solve_groups
 from .trimaps import check_trimap
 from .volumes import Volume, check_same_grid
 
@@ -97,7 +98,7 @@ class MatteInfo:
         rows += [f"| {name} | {value} |" for name, value in self.parameters.items()]
         return "\n".join(["| | |", "|---|---|", *rows])
 
-# %% ../nbs/19_matting.ipynb #fbab1ec5
+# %% ../nbs/19_matting.ipynb #bed66a4d
 DIRECT_LIMIT = 400_000  # unknown pixels; the factors of a larger image take more than a gigabyte
 SOLVERS = ("auto", "matrix-free", "direct")
 
@@ -115,8 +116,15 @@ def solve_windows(
     solver: str = "auto",  # "matrix-free", "direct" or "auto"
     device: str = "cpu",  # PyTorch device
 ) -> Solved:  # alpha and what it cost
-    "A method that is a sum over windows, with the solver that suits the problem."
+    "A method that is a sum over windows: each independent region with the solver that suits it."
     _check_window_options(windows, solver, device)
+    make = make_system if device == "cpu" else partial(make_tensors, device=device)
+    solve = partial(_solve_region, make, tol, max_iterations, (eps, constraint_weight), windows, solver, device)
+    return solve(problem, progress) if windows == "all" else solve_groups(solve, problem, progress)
+
+
+def _solve_region(make, tol, max_iterations, arguments, windows, solver, device, problem, progress) -> Solved:
+    "Solve all unknown voxels of a problem together."
     turned = problem.labels.shape[2] == 1  # rows are runs along x, so an axis of one voxel goes first
     if turned:
         problem = replace(problem, **{name: np.swapaxes(getattr(problem, name), 0, 2) for name in ("image", "labels", "known")})
@@ -125,8 +133,7 @@ def solve_windows(
     if solver == "auto":
         small_image = region.radius[0] == 0 and region.unknown.sum() <= DIRECT_LIMIT
         solver = "direct" if small_image and host else "matrix-free"
-    arguments = region, problem.scaled(region.box, spans.covered), spans.gather(problem.known[region.box]), eps, constraint_weight
-    system = make_system(*arguments) if host else make_tensors(*arguments, device=device)
+    system = make(region, problem.scaled(region.box, spans.covered), spans.gather(problem.known[region.box]), *arguments)
     solution = solve_assembled(system) if solver == "direct" else pcg(system, tol, max_iterations, progress)
     alpha = problem.known
     spans.scatter(system.alpha(solution.x), alpha[region.box])
