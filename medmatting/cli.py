@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['add_matte', 'add_trimap_options', 'add_solver_options', 'method_options', 'read_trimap', 'Counter', 'check_output',
-           'run_matte', 'write_json', 'add_score', 'run_score', 'add_data', 'run_data', 'add_reproduce',
-           'run_reproduce', 'make_parser', 'main']
+           'run_matte', 'matte_one', 'write_json', 'case_words', 'run_case', 'run_batch', 'add_score', 'run_score',
+           'add_data', 'run_data', 'add_reproduce', 'run_reproduce', 'make_parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #b43387b4
 import argparse
@@ -18,16 +18,18 @@ from pathlib import Path
 from . import __version__
 from .checks import InputError, atomic_path, refuse
 
-# %% ../nbs/60_cli.ipynb #0b7de1e5
+# %% ../nbs/60_cli.ipynb #baf7aec7
 def add_matte(commands):
     "Arguments of `medmatting matte`."
     parser = commands.add_parser("matte", help="alpha matte of an image", description="Alpha matte of an image or volume.")
-    parser.add_argument("image", type=Path, help="NIfTI, NRRD, MHA, PNG, TIFF or NumPy file, or a folder with a DICOM series")
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("image", type=Path, nargs="?", help="NIfTI, NRRD, MHA, PNG, TIFF or NumPy file, or a folder with a DICOM series")
+    parser.add_argument("--batch", type=Path, metavar="FOLDER", help="matte every case of a folder instead of one image")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="with --batch: cases side by side (default 1)")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--trimap", type=Path, help="file with 0 background, 128 unknown, 255 foreground")
     source.add_argument("--raters", type=Path, nargs="+", metavar="MASK", help="binary masks of two or more raters")
     source.add_argument("--mask", type=Path, help="one binary mask; the unknown band lies around its outline")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="file for alpha; the ending gives the format")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file for alpha, the ending gives the format; with --batch a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--info", type=Path, help="JSON file for method, parameters, iterations and residual")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="depth of a PNG (default 8)")
@@ -114,7 +116,7 @@ class Counter:
         if self.shown:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/60_cli.ipynb #ce4f10cf
+# %% ../nbs/60_cli.ipynb #5ebce874
 def check_output(path: Path, overwrite: bool):
     "Refuse an output that exists, before anything is computed."
     if path.exists() and not overwrite:
@@ -122,6 +124,20 @@ def check_output(path: Path, overwrite: bool):
 
 
 def run_matte(arguments) -> int:
+    "One image or a folder of cases."
+    sources = [name for name in ("image", "trimap", "raters", "mask", "info") if getattr(arguments, name)]
+    if arguments.batch:
+        if sources or arguments.jobs < 1:
+            refuse("--batch", f"it with {', '.join(sources) or f'--jobs {arguments.jobs}'}", "a folder of cases and a positive number of jobs",
+                   "each case is a folder with image.*, and trimap.*, mask.* or rater*.*")
+        return run_batch(arguments)
+    if not arguments.image or not set(sources) & {"trimap", "raters", "mask"}:
+        refuse("arguments", " and ".join(sources) or "nothing to matte", "an image and one of --trimap, --raters, --mask (or --batch)",
+               "see medmatting matte --help")
+    return matte_one(arguments)
+
+
+def matte_one(arguments) -> int:
     "Read, solve, write."
     from medmatting import Window, matte, read, resample, resample_like, write
 
@@ -150,6 +166,61 @@ def write_json(path: Path, content: dict):
     "Write a JSON file, complete or not at all."
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+# %% ../nbs/60_cli.ipynb #302e62a1
+def case_words(folder: Path) -> list[str | Path]:
+    "Words of the command line for one case of a batch."
+    found = {name: sorted(folder.glob(f"{name}*")) for name in ("image", "trimap", "mask", "rater")}
+    single = [name for name in ("image", "trimap", "mask") if len(found[name]) > 1]
+    if single or not found["image"] or not (found["trimap"] or found["mask"] or found["rater"]):
+        refuse(folder.name, ", ".join(sorted(path.name for path in folder.iterdir())) or "an empty folder",
+               "one image.* and one trimap.*, one mask.* or several rater*.*", "rename the files of this case")
+    if found["rater"]:
+        return [found["image"][0], "--raters", *found["rater"]]
+    kind = "trimap" if found["trimap"] else "mask"
+    return [found["image"][0], f"--{kind}", found[kind][0]]
+
+
+def run_case(arguments, folder: Path, output: Path) -> str:
+    "Matte one case; the reason if it failed, else nothing."
+    try:
+        words = [str(word) for word in (*case_words(folder), "-o", output)]
+        one = make_parser().parse_args(["matte", *words])
+        kept = ("image", "trimap", "raters", "mask", "output", "batch")
+        matte_one(argparse.Namespace(**{**vars(arguments), **{name: getattr(one, name) for name in kept}}))
+    except (OSError, RuntimeError, MemoryError, ValueError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+# %% ../nbs/60_cli.ipynb #6db57b38
+def run_batch(arguments) -> int:
+    "Matte what is not there yet; 1 if a case failed."
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    folders = sorted(path for path in arguments.batch.iterdir() if path.is_dir()) if arguments.batch.is_dir() else []
+    if not folders:
+        refuse("--batch", str(arguments.batch), "a folder with a folder for each case", "check the path")
+    outputs = {folder: arguments.output / f"{folder.name}.nii.gz" for folder in folders}
+    waiting = [folder for folder in folders if arguments.overwrite or not outputs[folder].exists()]
+    print(f"{len(folders)} cases, {len(folders) - len(waiting)} done before", flush=True)
+    failed, done = {}, len(folders) - len(waiting)
+    arguments.run = None  # functions of the parser do not travel to other processes
+    with ProcessPoolExecutor(min(arguments.jobs, max(len(waiting), 1)), get_context("spawn")) as pool:
+        jobs = {pool.submit(run_case, arguments, folder, outputs[folder]): folder for folder in waiting}
+        for job in as_completed(jobs):
+            done += 1
+            try:
+                reason = job.result()
+            except BrokenProcessPool:
+                reason = "its process died; run the same command again, with fewer jobs if memory ran out"
+            if reason:
+                failed[jobs[job].name] = reason
+            print(f"{done} of {len(folders)}: {jobs[job].name}{' FAILED' if reason else ''}", flush=True)
+    for name, reason in sorted(failed.items()):
+        print(f"medmatting: {name}: {reason}", file=sys.stderr)
+    return int(bool(failed))
 
 # %% ../nbs/60_cli.ipynb #29467ca3
 def add_score(commands):

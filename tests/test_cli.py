@@ -148,4 +148,42 @@ def test_program_help_version_and_usage():
         done = call(*words)
         assert done.returncode == 0 and "usage:" in done.stdout
     assert call("matte").returncode == 2 and "required" in call("matte").stderr
+    assert call("matte", "-o", "x.npy").returncode == 2
     assert call("reproduce", "no-such-item").returncode == 2
+
+
+@pytest.fixture()
+def cohort(files, tmp_path):
+    "Three cases to matte: from raters, from a trimap, and one that cannot work."
+    import shutil
+
+    folder = tmp_path / "cases"
+    for name in ("a", "b", "broken"):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(files / "ct.nii.gz", folder / name / "image.nii.gz")
+    for number in range(2):
+        shutil.copy(files / f"r{number}.nii.gz", folder / "a" / f"rater{number}.nii.gz")
+    shutil.copy(files / "trimap.nii.gz", folder / "b" / "trimap.nii.gz")
+    return folder
+
+
+def test_batch_does_what_it_can_lists_failures_and_resumes(cohort, files, tmp_path, capsys):
+    out = tmp_path / "mattes"
+    words = ("matte", "--batch", cohort, "-o", out, "-j", 2, "--erode-mm", 0, "--hu-range", -1000, 400)
+    assert run(*words) == 1
+    said = capsys.readouterr()
+    assert "broken" in said.err and "image.*" in said.err and said.err.count("\n") == 1
+    assert {path.name for path in out.iterdir()} == {"a.nii.gz", "b.nii.gz"}
+    expected = mm.matte(mm.read(files / "ct.nii.gz"), mm.read(files / "trimap.nii.gz"), hu_range=(-1000, 400))
+    assert np.array_equal(mm.read(out / "b.nii.gz").array, expected.array)
+    before = (out / "a.nii.gz").stat().st_mtime_ns
+    (out / "b.nii.gz").unlink()
+    (cohort / "broken" / "mask.nii.gz").write_bytes((files / "r0.nii.gz").read_bytes())
+    assert run(*words) == 0 and "1 done before" in capsys.readouterr().out
+    assert (out / "a.nii.gz").stat().st_mtime_ns == before and (out / "broken.nii.gz").exists() and (out / "b.nii.gz").exists()
+
+
+@pytest.mark.parametrize("words", [["--batch", "{d}/absent"], ["--batch", "{d}", "--jobs", "0"], ["{d}/x.nii"], []])
+def test_batch_words_are_checked(tmp_path, capsys, words):
+    assert run("matte", *[word.format(d=tmp_path) for word in words], "-o", tmp_path / "o") == 2
+    assert one_sentence(capsys)
