@@ -28,7 +28,7 @@ def kernel(
     except RuntimeError:  # Numba found no folder that it can write to
         return njit(function, **options)
 
-# %% ../nbs/09_compiled.ipynb #3a8b47d0
+# %% ../nbs/09_compiled.ipynb #87a38ee8
 class Notice(event.TimingListener):
     "Says once that loops are being compiled, when that takes longer than a second in all."
 
@@ -36,7 +36,7 @@ class Notice(event.TimingListener):
 
     def on_start(self, happening):
         super().on_start(happening)
-        ours = happening.data["dispatcher"].py_func.__module__.startswith("medmatting.")
+        ours = str(happening.data["dispatcher"].py_func.__module__).startswith("medmatting.")
         if ours and self.done and self.duration > 1 and not self.told:
             self.told = True
             print("medmatting: compiling, once on this machine; this takes some seconds ...", file=sys.stderr, flush=True)

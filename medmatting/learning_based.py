@@ -13,26 +13,25 @@ from .closed_form_torch import TorchClosedForm, box_sums
 from .compiled import kernel
 from .energy import Region
 
-# %% ../nbs/16_learning_based.ipynb #913e2865
+# %% ../nbs/16_learning_based.ipynb #dd844181
 @kernel
 def _learn_windows(start, stop, bounds, begin, length, source, longest, image, size, ridge, centre, matrix, weight):
     "From mean and covariance to the centre, matrix and weight of learning-based matting."
     channels = image.shape[0]
     n = channels + 1
-    moments, penalty = np.zeros((n, n)), np.empty((n, n))
+    inner, outer = np.zeros((n, n)), np.zeros((n, n))  # D + ridge P, D + 2 ridge P
     inverse, product, result = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     spread, inside = np.empty((channels, channels)), np.empty((channels, channels))
     for run in range(bounds[start], bounds[stop]):
         for k in range(begin[run] + ONE, begin[run] + ONE + length[run]):
-            for c in range(channels):
-                for d in range(channels):
-                    moments[c, d] = size * matrix[c, d, k]
-                    penalty[c, d] = ridge * ((c == d) + centre[c, k] * centre[d, k])
-                penalty[c, channels] = penalty[channels, c] = -ridge * centre[c, k]
-            moments[channels, channels], penalty[channels, channels] = size, ridge
-            product[:] = moments + penalty
-            invert(product, inverse)
-            _multiply(inverse, moments + 2 * penalty, product)
+            for c in range(n):
+                for d in range(n):
+                    left, right = -centre[c, k] if c < channels else 1.0, -centre[d, k] if d < channels else 1.0
+                    penalty = ridge * (left * right + (c == d and c < channels))
+                    moment = size * matrix[c, d, k] if c < channels and d < channels else size * (c == d)
+                    inner[c, d], outer[c, d] = moment + penalty, moment + 2 * penalty
+            invert(inner, inverse)
+            _multiply(inverse, outer, product)
             _multiply(product, inverse, result)
             for c in range(channels):
                 for d in range(channels):

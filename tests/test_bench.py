@@ -38,3 +38,23 @@ def test_table_and_plot_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_in_own_process", lambda case, method: next(rows))
     table = bench.run_benchmark(tmp_path)
     assert list(table.ratio) == [1, 4, 1, 4] and {p.name for p in tmp_path.iterdir()} == {"bench.csv", "bench.png"}
+
+
+def test_every_method_gives_a_matte(small):
+    image, trimap = bench.CASES["small"]()
+    for run in (bench.run_learning_based, bench.run_random_walker):
+        alpha = run(image, trimap)
+        assert alpha.shape == trimap.shape and alpha[trimap == 255].min() == 1 and alpha[trimap == 0].max() == 0
+    assert abs(bench.run_learning_based(image, trimap) - bench.run_ours(image, trimap)).max() < 1e-3
+
+
+def test_scaling_is_measured_and_fitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure_bandwidth", lambda: 10.0)
+    table, exponent = bench.run_scaling(tmp_path, sizes=(12, 16, 24))
+    assert table.unknown.is_monotonic_increasing and (table.stored >= table.unknown).all() and (table.iterations > 0).all()
+    assert (table.bound == table.iterations * table.stored * bench.BYTES / 10e9).all() and np.isfinite(exponent)
+    assert {p.name for p in tmp_path.iterdir()} == {"scaling.csv", "scaling.png"}
+
+
+def test_bandwidth_is_plausible():
+    assert 0.1 < bench.measure_bandwidth(2) < 10_000
