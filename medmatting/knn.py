@@ -17,22 +17,20 @@ from .energy import Problem, Solved
 from .linear import CHUNK, HostSystem, pcg, run_chunks
 from .neighbours import bounding_box, nearest, reachable
 
-# %% ../nbs/15_knn.ipynb #39fb1c44
+# %% ../nbs/15_knn.ipynb #7f7b8492
 ROWS = 4096  # rows of the lists in one piece of work
 
 
 @kernel
-def _fold(first, last, indices, links, column, corner, grid, number, known, lists, list_links, anchor, pull):
-    "Free neighbours are entered in the lists by number; known ones go to `anchor` and `pull` of the row."
-    for i in range(first * ROWS, min(last * ROWS, indices.shape[0])):
-        for k in range(indices.shape[1]):
-            j, link = _number(indices[i, k], corner, grid, number), links[i, k] if links.size else 1.0
-            lists[i, column + k] = j
-            if list_links.size:
-                list_links[i, column + k] = link
-            if j < 0:
+def _fold(first, last, lists, links, corner, grid, number, known, anchor, pull):
+    "Free neighbours are entered in the lists by number, known ones as -1; these go to `anchor` and `pull` of the row."
+    for i in range(first * ROWS, min(last * ROWS, lists.shape[0])):
+        for k in range(lists.shape[1]):
+            place, link = lists[i, k], links[i, k] if links.size else 1.0
+            lists[i, k] = _number(place, corner, grid, number)
+            if lists[i, k] < 0:
                 anchor[i] += link
-                pull[i] += link * known[indices[i, k]]
+                pull[i] += link * known[place]
 
 
 @kernel
@@ -139,7 +137,7 @@ def _groups(start, end):
         parent[i] = _root(parent, i)
     return parent
 
-# %% ../nbs/15_knn.ipynb #327af939
+# %% ../nbs/15_knn.ipynb #2a09c95b
 SLAB = 40_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
 KERNELS = ("binary", "linear")
 
@@ -155,42 +153,39 @@ class KNN(HostSystem):
         kernel: str = "binary",  # "binary" or "linear"
         constraint_weight: float | None = None,  # lambda of the soft form; None: known voxels are exact
     ):
-        known, soft = problem.labels != 128, constraint_weight is not None
-        self.free = np.ones_like(known) if soft else ~known
+        soft = constraint_weight is not None
+        self.free = np.ones(problem.labels.shape, bool) if soft else problem.labels == 128
         self.anchor, self.rhs = np.zeros((2, int(np.count_nonzero(self.free))))
         self._find_edges(problem, tuple(zip(neighbours, weights)), kernel)
         if soft:
-            self.anchor += constraint_weight * known.ravel()
+            self.anchor += constraint_weight * (problem.labels.ravel() != 128)
             self.rhs += self.anchor * problem.known.ravel()
         self._refuse_islands()
         self._cut_slabs()
 
     def _find_edges(self, problem, searches, kernel):
         "Search, tie free voxels to known ones (anchor, rhs) and to each other (first, end, weight)."
-        corner, number = _numbered(self.free)
-        places = corner, np.array(self.free.shape), number, problem.known.ravel()
-        linear, channels = kernel == "linear", problem.image.shape[3]
+        linear, channels, known = kernel == "linear", problem.image.shape[3], problem.known.ravel()
         for k, weight in searches if not self.free.all() else ():
             near = reachable(problem, ~self.free, self.free, k, weight)
             found = nearest(problem, near, k, weight, distances=linear)
-            _fold_known(found.rows, found.indices, _links(found, channels), *places, self.anchor, self.rhs)
-        n, total, column = self.rhs.size, sum(k for k, _ in searches), 0
-        end = np.empty(n * total, np.int32)
+            _fold_known(found.rows, found.indices, _links(found, channels), *_numbered(self.free), known, self.anchor, self.rhs)
+        n, total = self.rhs.size, sum(k for k, _ in searches)
+        end, weights = np.empty(n * total, np.int32), np.empty(n * total, float if linear else np.uint8)
         lists, links = end.reshape(n, total), np.empty((n if linear else 0, total))
-        for k, weight in searches:
-            found = nearest(problem, self.free, k, weight, distances=linear)
-            run_chunks(_fold, -(-n // ROWS), found.indices, _links(found, channels), column, *places, lists, links,
-                       self.anchor, self.rhs)
-            column += k
-        weight = np.empty(n * total, float if linear else np.uint8)
-        weights = weight.reshape(n, total)
-        run_chunks(_merge, -(-n // ROWS), lists, links, weights)
+        for (k, weight), stop in zip(searches, np.cumsum([k for k, _ in searches])):
+            found = nearest(problem, self.free, k, weight, distances=linear, out=lists[:, stop - k : stop])
+            if linear:
+                links[:, stop - k : stop] = _links(found, channels)
+        del found
+        run_chunks(_fold, -(-n // ROWS), lists, links, *_numbered(self.free), known, self.anchor, self.rhs)
+        run_chunks(_merge, -(-n // ROWS), lists, links, weights.reshape(n, total))
         self.first = np.empty(n + 1, np.int64)
-        edges = _compact(lists, weights, self.first, end, weight)
-        del lists, weights, found  # no views are left: the memory behind the last edge is given back
+        edges = _compact(lists, weights.reshape(n, total), self.first, end, weights)
+        del lists  # no view is left: the memory behind the last edge is given back
         end.resize(edges, refcheck=False)
-        weight.resize(edges, refcheck=False)
-        self.end, self.weight = end, weight
+        weights.resize(edges, refcheck=False)
+        self.end, self.weight = end, weights
 
     def _refuse_islands(self):
         "Refuse free voxels that no chain of edges joins to a known one: any constant would do for them."
@@ -230,14 +225,14 @@ class KNN(HostSystem):
         "Memory of the system and the iteration vectors."
         return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray)) + 4 * self.rhs.nbytes
 
-# %% ../nbs/15_knn.ipynb #8fe2376b
-def _numbered(free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Corner of the box of the free voxels and their numbers in it, -1 elsewhere."
+# %% ../nbs/15_knn.ipynb #4226b3cf
+def _numbered(free: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Corner of the box of the free voxels, shape of the image, and numbers of the free voxels in the box, -1 elsewhere."
     low, high = bounding_box(free)
     inside = free[tuple(slice(a, b) for a, b in zip(low, high))]
     number = np.full(inside.shape, -1, np.int32)
     number[inside] = np.arange(np.count_nonzero(inside), dtype=np.int32)
-    return low, number
+    return low, np.array(free.shape), number
 
 
 def _links(found, channels: int) -> np.ndarray:

@@ -201,15 +201,59 @@ class Tree:
         certain = (reach[:, -1] > np.sqrt(distance[:, -1]) + self.slack) | (count == len(self.places))
         return self.places[found], distance, certain
 
-# %% ../nbs/14_neighbours.ipynb #5d571eee
-def _hand_over(problem, grid, targets, scale, include_self, kth, indices, distances):
-    "Answer the queries that the walk left open (kth >= 0) with a tree, in place."
+# %% ../nbs/14_neighbours.ipynb #a741444f
+@kernel(exact=True)
+def _sweep(first, last, here, reach, corner, padded, own, values, scale, include_self, kth, best, places):
+    "K nearest targets of each query among all voxels within its reach."
+    worst = best.shape[1] - 1
+    for q in range(first, last):
+        z, y, x = here[q, 0] - corner[0], here[q, 1] - corner[1], here[q, 2] - corner[2]
+        best[q, :], places[q, :] = FAR, 0
+        for k in range(max(z - reach[q, 0], 0), min(z + reach[q, 0] + 1, padded[0])):
+            deep = (scale[0] * abs(k - z)) ** 2
+            for j in range(max(y - reach[q, 1], 0), min(y + reach[q, 1] + 1, padded[1])):
+                across = deep + (scale[1] * abs(j - y)) ** 2
+                if across > min(kth[q], best[q, worst]):
+                    continue
+                for i in range(max(x - reach[q, 2], 0), min(x + reach[q, 2] + 1, padded[2])):
+                    there = (k * padded[1] + j) * padded[2] + i
+                    distance = _distance(q, own, there, values, across + (scale[2] * abs(i - x)) ** 2)
+                    if distance < best[q, worst] and (include_self or i != x or j != y or k != z):
+                        m = worst  # places come in the order of the array: after equal distances
+                        while m > 0 and distance < best[q, m - 1]:
+                            best[q, m], places[q, m] = best[q, m - 1], places[q, m - 1]
+                            m -= 1
+                        best[q, m], places[q, m] = distance, there
+
+# %% ../nbs/14_neighbours.ipynb #b1fb5590
+def _left_open(grid, kth):
+    "Queries that the walk left open (kth >= 0): their numbers, voxels, features and K-th distances so far."
     late = np.flatnonzero(kth >= 0)
     here = np.stack(np.unravel_index(grid.rows[late], grid.shape), axis=1)
-    reach = np.minimum(np.sqrt(kth[late].max()) / scale * (1 + 1e-9) + 1, max(grid.shape)).astype(int)
-    low, high = np.maximum(here.min(0) - reach, 0), np.minimum(here.max(0) + reach + 1, grid.shape)
-    tree = Tree(problem, targets, low, high, np.array(scale))
-    own = grid.own[np.ravel_multi_index((here - grid.corner).T, grid.padded)]
+    return late, here, grid.own[np.ravel_multi_index((here - grid.corner).T, grid.padded)], kth[late]
+
+
+def _hand_over(problem, targets, scale, include_self, late, here, own, kth, indices, distances):
+    "Answer queries by a sweep or a tree, in place."
+    shape = problem.labels.shape
+    reach = np.sqrt(kth)[:, None] / np.array(scale) * (1 + 1e-9) + 1
+    reach = np.minimum(reach, np.array(shape)).astype(np.int64)
+    low, high = np.maximum((here - reach).min(0), 0), np.minimum((here + reach + 1).max(0), shape)
+    within = np.minimum(here + reach + 1, shape) - np.maximum(here - reach, 0)
+    if within.prod(axis=1, dtype=float).sum() < late.size * TREE_QUERY + np.prod(high - low, dtype=float) * TREE_TARGET:
+        values = _copy(problem, tuple(low), tuple(high - low), targets)
+        best, places = np.empty((late.size, indices.shape[1])), np.empty((late.size, indices.shape[1]), np.int64)
+        run_chunks(_sweep, late.size, here, reach, low, high - low, own, values, np.array(scale), include_self, kth, best, places)
+        spots = [place + corner for place, corner in zip(np.unravel_index(places, high - low), low)]
+        indices[late] = np.ravel_multi_index(spots, shape)
+        if distances.size:
+            distances[late] = best
+        return
+    _climb(Tree(problem, targets, low, high, np.array(scale)), shape, late, here, own, include_self, indices, distances)
+
+
+def _climb(tree, shape, late, here, own, include_self, indices, distances):
+    "Ask the tree, with more and more candidates, until all queries are certain."
     for begin in range(0, late.size, BATCH):
         todo, count = np.arange(begin, min(begin + BATCH, late.size)), indices.shape[1] + 5
         while todo.size:
@@ -218,14 +262,14 @@ def _hand_over(problem, grid, targets, scale, include_self, kth, indices, distan
             for part in np.split(todo, range(step, todo.size, step)):
                 places, squares, certain = tree.ask(here[part], own[part], indices.shape[1], include_self, count)
                 rows = late[part[certain]]
-                indices[rows] = np.ravel_multi_index(np.moveaxis(places[certain], 2, 0), grid.shape)
+                indices[rows] = np.ravel_multi_index(np.moveaxis(places[certain], 2, 0), shape)
                 if distances.size:
                     distances[rows] = squares[certain]
                 left.append(part[~certain])
             todo, count = np.concatenate(left), 2 * count
 
-# %% ../nbs/14_neighbours.ipynb #7fb63de4
-TREE_QUERY, TREE_TARGET = 2000, 100  # price of one query, and of one target when the tree is built, in candidates
+# %% ../nbs/14_neighbours.ipynb #556fbd9d
+TREE_QUERY, TREE_TARGET = 2000, 300  # price of one query, and of one target when the tree is built, in candidates
 
 
 def _patience(visited: np.ndarray, open_: np.ndarray, targets: float, longest: int) -> int:
@@ -263,7 +307,7 @@ def _check(problem, queries, targets, neighbours, weight, include_self) -> tuple
         refuse("image", f"{problem.labels.size} voxels", "less than 2147483648 voxels", "crop the image around the unknown voxels")
     return scale
 
-# %% ../nbs/14_neighbours.ipynb #f512d2cd
+# %% ../nbs/14_neighbours.ipynb #e988e249
 def nearest(
     problem: Problem,  # image, intensity scale and spacing
     queries: np.ndarray,  # (D, H, W) bool, voxels whose neighbours are asked for
@@ -272,6 +316,7 @@ def nearest(
     targets: np.ndarray | None = None,  # (D, H, W) bool, voxels that may be neighbours; None: all
     include_self: bool = False,  # whether a query that is a target is its own nearest neighbour
     distances: bool = False,  # whether to return squared distances, 8 bytes for each neighbour
+    out: np.ndarray | None = None,  # (n, K) int32 to write the indices to
 ) -> Neighbours:  # in the order of the queries in the array
     "Exact K nearest neighbours in features (I, w r)."
     scale = _check(problem, queries, targets, neighbours, weight, include_self)
@@ -282,21 +327,25 @@ def nearest(
     begin, patience = int(not include_self), None
     sample = replace(grid, rows=grid.rows[:: max(min(100, grid.rows.size // 200), 1)])
     if np.isfinite(near.limit):
-        _, _, kth, visited = _walk(sample, near, None, begin, neighbours, False, True)
+        trial = np.empty((sample.rows.size, neighbours), np.int32)
+        _, kth, visited = _walk(sample, near, None, begin, trial, False, True)
         patience = _patience(visited, kth >= 0, np.isfinite(grid.values[:, 0]).sum() / grid.rows.size, len(near.steps))
-    indices, squares, kth, _ = _walk(grid, near, patience, begin, neighbours, distances, False)
-    if (kth >= 0).any():
-        _hand_over(problem, grid, targets, scale, include_self, kth, indices, squares)
-    return Neighbours(grid.rows, indices, squares if distances else None)
+    indices = np.empty((grid.rows.size, neighbours), np.int32) if out is None else out
+    squares, kth, _ = _walk(grid, near, patience, begin, indices, distances, False)
+    rows, left_open = grid.rows, _left_open(grid, kth)
+    del grid, sample, kth  # the copy of the image is not needed any more
+    if left_open[0].size:
+        _hand_over(problem, targets, scale, include_self, *left_open, indices, squares)
+    return Neighbours(rows, indices, squares if distances else None)
 
 
-def _walk(grid, near, patience, begin, neighbours, distances, count):
-    "Run the walk; returns indices, squared distances, what is left open, and candidates looked at."
+def _walk(grid, near, patience, begin, indices, distances, count):
+    "Run the walk; returns squared distances, what is left open, and candidates looked at."
     n = grid.rows.size
-    indices, squares = np.empty((n, neighbours), np.int32), np.empty((n if distances else 0, neighbours))
+    squares = np.empty((n if distances else 0, indices.shape[1]))
     kth, visited = np.empty(n), np.empty(n if count else 0, np.int64)
     run_chunks(_search, -(-n // QUERIES), *grid.walk(near, patience), begin, indices, squares, kth, visited)
-    return indices, squares, kth, visited
+    return squares, kth, visited
 
 # %% ../nbs/14_neighbours.ipynb #94e3b1a8
 @kernel

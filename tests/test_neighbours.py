@@ -62,13 +62,15 @@ def searches(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(searches(), st.sampled_from([8000, 20]))
-def test_equals_brute_force(search, reach):
+@given(searches(), st.sampled_from([8000, 20]), st.sampled_from([0, 2000]))
+def test_equals_brute_force(search, reach, price):
     problem, queries, weight, targets, include_self, neighbours = search
     available = queries.size if targets is None else int(targets.sum())
     if neighbours < available:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "REACH", reach)  # 20: nearly everything is left to the tree
+            patch.setattr(module, "REACH", reach)  # 20: nearly everything is left to the tree or the sweep
+            patch.setattr(module, "TREE_QUERY", price)  # 0: the tree costs nothing, there is no sweep
+            patch.setattr(module, "TREE_TARGET", price)
             displacements.cache_clear()
             assert_equal(problem, queries, neighbours, weight, targets=targets, include_self=include_self)
         displacements.cache_clear()
