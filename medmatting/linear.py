@@ -145,7 +145,7 @@ def pcg(
         previous = residual
         system.residual(x, r)
 
-# %% ../nbs/11_linear.ipynb #ce45fa24
+# %% ../nbs/11_linear.ipynb #6371f0e0
 def _descend(system, x, r, q, target, budget, done, size, progress) -> int:
     "Iterate from residual r until the recursion reaches the target or the budget is spent."
     p = system.zeros()
@@ -165,7 +165,7 @@ def _descend(system, x, r, q, target, budget, done, size, progress) -> int:
 def _why(iterations, residual, tol, stalled) -> str:
     reason = "rounding stops it there" if stalled else "the iteration limit was reached"
     return (f"not converged: relative residual {residual:.2e} after {iterations} iterations, wanted {tol:.0e}; {reason}."
-            " Raise tol=, raise eps=, or use solver='direct' for images.")
+            " Raise tol= or max_iterations=; for cf and lb also eps=, or solver='direct' for images.")
 
 # %% ../nbs/11_linear.ipynb #db90461d
 def solve_direct(
