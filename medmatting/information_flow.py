@@ -337,9 +337,9 @@ class InformationFlow(HostSystem):
         own = (a.nbytes for name, a in vars(self).items() if isinstance(a, np.ndarray) and a is not self.local.image)
         return sum(own) + self.local.nbytes
 
-# %% ../nbs/17_information_flow.ipynb #560a898e
+# %% ../nbs/17_information_flow.ipynb #66f90ab8
 WEIGHTS = (0.03, 0.3, 0.0015), (0.002, 0.02, 0.0001)  # spatial weights in 1/mm: one channel, colour
-REGULARISERS = 1e-3, 1e-3  # one channel, colour
+REGULARISERS = 1e-3, 1e-5  # of the mixture weights: one channel, colour
 
 
 def _check_options(neighbours, weights, strengths, known_to_unknown, regulariser):
@@ -353,8 +353,8 @@ def _check_options(neighbours, weights, strengths, known_to_unknown, regulariser
         refuse("neighbours", f"{sum(neighbours)} in all", "at most 1000 in all", "ask for fewer neighbours")
     if not isinstance(known_to_unknown, (bool, np.bool_)):
         refuse("known_to_unknown", describe(known_to_unknown), "True or False", "use False to leave this term out")
-    if not (isinstance(regulariser, Real) and 1e-12 <= regulariser < 1e75):
-        refuse("regulariser", describe(regulariser), "a number of at least 1e-12", "leave regulariser= out for the default")
+    if not (isinstance(regulariser, Real) and 1e-10 <= regulariser < 1e75):
+        refuse("regulariser", describe(regulariser), "a number of at least 1e-10", "leave regulariser= out for the default")
 
 
 def _check_known(labels):
@@ -378,7 +378,8 @@ def solve(
 ) -> Solved:  # alpha and what it cost
     "Information-flow matting (Aksoy, Aydin and Pollefeys 2017)."
     colour = problem.image.shape[3] > 1
-    weights, regulariser = weights or WEIGHTS[colour], regulariser or REGULARISERS[colour]
+    weights = WEIGHTS[colour] if weights is None else weights
+    regulariser = REGULARISERS[colour] if regulariser is None else regulariser
     _check_options(neighbours, weights, strengths, known_to_unknown, regulariser)
     _check_known(problem.labels)
     if (problem.labels != 128).all():
