@@ -119,41 +119,39 @@ def known_estimate(
         confidence[part] = (gap**2).mean(1)
     return estimate, confidence
 
-# %% ../nbs/17_information_flow.ipynb #920b85f5
+# %% ../nbs/17_information_flow.ipynb #26982023
 @kernel
-def _weight(i, j, count, mean, slope, image):
-    "Mixture weight of the voxel j in row i."
-    weight = 1.0 / count
+def _weigh(i, neighbours, count, mean, slope, image, weights):
+    "Mixture weights of the free neighbours in row i."
+    for k in range(neighbours.size):
+        weights[k] = 1.0 / count
     for c in range(image.shape[0]):
-        weight -= (image[c, j] - mean[i, c]) * slope[i, c]
-    return weight
+        middle, steep, channel = mean[i, c], slope[i, c], image[c]
+        for k in range(neighbours.size):
+            weights[k] -= (channel[neighbours[k]] - middle) * steep
 
 
 @kernel
-def _spread(first, last, cuts, low, place, home, mixture, mean, slope, image, alike, links, strength, anchor, p, parts):
+def _spread(first, last, cuts, low, place, home, mixture, free, mean, slope, image, alike, links, strength, anchor, p, parts):
     "Colour mixture, known to unknown and within the unknown: their product with p, a buffer for each slab of rows."
-    count, weights = mixture.shape[1], np.empty(mixture.shape[1])
+    weights = np.empty(mixture.shape[1])
     for slab in range(first, last):
         part, base = parts[place[slab]:place[slab + 1]], low[slab]
         part[:] = 0
         for i in range(cuts[slab], cuts[slab + 1]):
-            own = p[home[i]]
-            rest, total = own, anchor[i] * own
-            for k in range(count):
-                j = mixture[i, k]
-                if j >= 0:
-                    weights[k] = _weight(i, j, count, mean, slope, image)
-                    rest -= weights[k] * p[j]
+            own, near, total = p[home[i]], mixture[i, : free[i]], 0.0
+            _weigh(i, near, mixture.shape[1], mean, slope, image, weights)
+            rest = own
+            for k in range(near.size):
+                rest -= weights[k] * p[near[k]]
             rest *= strength
-            for k in range(count):
-                j = mixture[i, k]
-                if j >= 0:
-                    part[j - base] -= weights[k] * rest
+            for k in range(near.size):
+                part[near[k] - base] -= weights[k] * rest
             for k in range(alike.shape[1]):
                 flow = links[i, k] * (own - p[alike[i, k]])
                 total += flow
                 part[alike[i, k] - base] -= flow
-            part[home[i] - base] += total + rest
+            part[home[i] - base] += total + rest + anchor[i] * own
 
 
 @kernel
@@ -164,44 +162,47 @@ def _collect(first, last, low, place, scale, penalty, size, p, parts, out, sums)
         for i in range(begin, stop):
             out[i] = scale * out[i] if i < size else penalty * p[i]
         for slab in range(low.size):
-            a, b = max(begin, low[slab]), min(stop, low[slab] + place[slab + 1] - place[slab])
+            base = np.int64(low[slab])
+            a, b = max(begin, base), min(stop, base + place[slab + 1] - place[slab])
             for i in range(a, b):
-                out[i] += parts[place[slab] + i - low[slab]]
+                out[i] += parts[place[slab] + i - base]
         sums[chunk] = 0.0
         for i in range(begin, stop):
             sums[chunk] += p[i] * out[i]
 
-# %% ../nbs/17_information_flow.ipynb #b662fe33
+# %% ../nbs/17_information_flow.ipynb #3637c614
 @kernel
-def _total(home, mixture, mean, slope, image, alike, links, strength, anchor, constant, diagonal, right):
+def _total(home, mixture, free, mean, slope, image, alike, links, strength, anchor, constant, diagonal, right):
     "Add the diagonal of the three terms, and strength (1 - W)' constant to the right-hand side."
-    count = mixture.shape[1]
+    weights = np.empty(mixture.shape[1])
     for i in range(home.size):
         diagonal[home[i]] += strength + anchor[i]
         right[home[i]] += strength * constant[i]
-        for k in range(count):
-            j = mixture[i, k]
-            if j >= 0:
-                weight = _weight(i, j, count, mean, slope, image)
-                diagonal[j] += strength * weight * weight
-                right[j] -= strength * weight * constant[i]
+        near = mixture[i, : free[i]]
+        _weigh(i, near, mixture.shape[1], mean, slope, image, weights)
+        for k in range(near.size):
+            diagonal[near[k]] += strength * weights[k] * weights[k]
+            right[near[k]] -= strength * weights[k] * constant[i]
         for k in range(alike.shape[1]):
             diagonal[home[i]] += links[i, k]
             diagonal[alike[i, k]] += links[i, k]
 
 
 @kernel
-def _renumber(first, last, indices, grid, corner, number):
-    "Positions in the flat image become positions in the vectors, -1 where the voxel is not free; in place."
+def _renumber(first, last, indices, grid, corner, number, free):
+    "Positions in the flat image become positions in the vectors, in place; free voxels first, and how many they are."
     for i in range(first * ROWS, min(last * ROWS, indices.shape[0])):
+        free[i] = 0
         for k in range(indices.shape[1]):
             at = indices[i, k]
             z, y, x = at // (grid[1] * grid[2]) - corner[0], at // grid[2] % grid[1] - corner[1], at % grid[2] - corner[2]
             inside = 0 <= z < number.shape[0] and 0 <= y < number.shape[1] and 0 <= x < number.shape[2]
-            indices[i, k] = number[z, y, x] if inside else -1
+            if inside and number[z, y, x] >= 0:
+                indices[i, free[i]] = number[z, y, x]
+                free[i] += 1
 
-# %% ../nbs/17_information_flow.ipynb #4f720362
-SLAB = 40_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
+# %% ../nbs/17_information_flow.ipynb #91a025b2
+SLAB = 5_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
 
 
 class InformationFlow(HostSystem):
@@ -224,7 +225,7 @@ class InformationFlow(HostSystem):
         values = problem.scaled(region.box, region.spans.covered)
         known = region.spans.gather(problem.known[region.box]).astype(float)
         self.local = ClosedForm(region, values, known, eps, None if self.exact else constraint_weight / self.scale)
-        self.home = np.flatnonzero(region.unknown).astype(np.int32)
+        self.home = np.flatnonzero(region.unknown).astype(np.uint32)
         self._mix_colours(problem, neighbours[0], weights[0], regulariser)
         self._join_unknown(problem, neighbours[2], weights[2], strengths[2])
         self._cut_slabs()
@@ -242,7 +243,7 @@ class InformationFlow(HostSystem):
                 shares = mixture_weights(values, self.mean[part], self.slope[part])
                 self.constant[part] = (shares * problem.known.ravel()[found.indices[part]]).sum(1)
         self._place(problem, found.indices)
-        self.mixture = self._positions(problem, found.indices)
+        self.mixture, self.free = self._positions(problem, found.indices)
 
     def _place(self, problem, indices):
         "Positions of the free voxels in the vectors; `far` are known ones that no window holds."
@@ -260,30 +261,32 @@ class InformationFlow(HostSystem):
         self.known = np.append(self.local.known, problem.known.flat[self.far])
         self.image = np.hstack([self.local.image, _intensities(problem, self.far).T]) if self.far.size else self.local.image
 
-    def _positions(self, problem, indices) -> np.ndarray:
-        "Positions in the image become positions in the vectors, in place."
-        run_chunks(_renumber, -(-len(indices) // ROWS), indices, np.array(problem.labels.shape), self.corner, self.number)
-        return indices
+    def _positions(self, problem, indices) -> tuple[np.ndarray, np.ndarray]:
+        "Positions in the image become positions in the vectors, in place; how many of each row are free."
+        free = np.empty(len(indices), np.int16)
+        run_chunks(_renumber, -(-free.size // ROWS), indices, np.array(problem.labels.shape), self.corner, self.number, free)
+        return indices.view(np.uint32), free
 
     def _join_unknown(self, problem, neighbours, weight, strength):
         "The third term, halved as in the energy."
         unknown, count = problem.labels == 128, min(neighbours, self.home.size - 1)
-        self.alike, self.links = np.empty((self.home.size, 0), np.int32), np.empty((self.home.size, 0))
+        self.alike, self.links = np.empty((self.home.size, 0), np.uint32), np.empty((self.home.size, 0))
         if count:
             found = nearest(problem, unknown, count, weight, targets=unknown)
             self.links = 0.5 * strength * _likeness(problem, found.rows, found.indices, weight)
-            self.alike = self._positions(problem, found.indices)
+            self.alike, _ = self._positions(problem, found.indices)
         del self.number
 
     def _cut_slabs(self):
         "Divide the rows into slabs, each with a buffer for the part of the vector that it touches."
         slabs = int(np.clip(self.home.size // SLAB, 1, 8))
         self.cuts = np.linspace(0, self.home.size, slabs + 1).astype(np.int64)
-        self.low, self.place = np.empty(slabs, np.int64), np.zeros(slabs + 1, np.int64)
+        self.low, self.place = np.empty(slabs, np.uint64), np.zeros(slabs + 1, np.int64)
+        kept = np.arange(self.mixture.shape[1]) < self.free[:, None]
         for slab, (a, b) in enumerate(zip(self.cuts[:-1], self.cuts[1:])):
-            lists = self.home[a:b], self.mixture[a:b], self.alike[a:b]
-            self.low[slab] = min(np.min(part, initial=self.home[a], where=part >= 0) for part in lists)
-            self.place[slab + 1] = self.place[slab] + max(part.max(initial=0) for part in lists) + 1 - self.low[slab]
+            lists = self.home[a:b], self.mixture[a:b][kept[a:b]], self.alike[a:b].ravel()
+            self.low[slab] = min(part.min(initial=self.home[a]) for part in lists)
+            self.place[slab + 1] = self.place[slab] + int(max(part.max(initial=0) for part in lists)) + 1 - int(self.low[slab])
         self.parts = np.empty(self.place[-1])
 
     def _tie_to_known(self, problem, neighbours, weight, strength, regulariser):
@@ -298,7 +301,7 @@ class InformationFlow(HostSystem):
         _total(*self._terms(), self.anchor, self.constant, self.diagonal, self.flow)
 
     def _terms(self):
-        return self.home, self.mixture, self.mean, self.slope, self.image, self.alike, self.links, self.strength
+        return self.home, self.mixture, self.free, self.mean, self.slope, self.image, self.alike, self.links, self.strength
 
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
         "out = A p; returns p'A p."
