@@ -46,10 +46,10 @@ def add_trimap_options(parser):
     parser.add_argument("--band-mm", type=float, default=1.0, help="with --mask: band on each side of the outline (1 mm)")
     parser.add_argument("--clean-trimap", action="store_true", help="with --trimap: take other greys than 0 and 255 as unknown")
 
-# %% ../nbs/60_cli.ipynb #7dc44263
+# %% ../nbs/60_cli.ipynb #7c52b6df
 def add_solver_options(parser):
     "What `medmatting.matte` accepts."
-    parser.add_argument("--method", default="cf", help="cf, lb, knn, each with + for the foreground calibrated by Hounsfield units; bayesian")
+    parser.add_argument("--method", default="cf", help="cf, lb, knn, if, each with + for the foreground calibrated by Hounsfield units; bayesian")
     parser.add_argument("--hu-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU scaled to 0 and 1 (-1000 400)")
     parser.add_argument("--intensity-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="the same for other images")
     parser.add_argument("--window", type=float, nargs=2, metavar=("CENTRE", "WIDTH"), default=(-600, 1500),

@@ -6,7 +6,7 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #ee42f1c7
+# %% ../nbs/19_matting.ipynb #8f75a72f
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
-from . import bayesian, knn
+from . import bayesian, information_flow, knn
 from .checks import InputError, check_finite, check_spacing, describe, refuse
 from .closed_form import ClosedForm, solve_assembled
 from .closed_form_torch import TorchClosedForm, to_device
@@ -150,14 +150,15 @@ def _check_window_options(windows, solver, device):
         refuse("solver", f"'direct' on {device}", "'direct' on the CPU", "leave device= out, or use solver='matrix-free'")
     to_device(device)
 
-# %% ../nbs/19_matting.ipynb #4dad2053
+# %% ../nbs/19_matting.ipynb #6fc90cc7
 METHODS = {
     "cf": partial(solve_windows, ClosedForm, TorchClosedForm),
     "lb": partial(solve_windows, LearningBased, TorchLearningBased),
     "knn": knn.solve,
+    "if": information_flow.solve,
     "bayesian": bayesian.solve,
 }
-METHOD_NAMES = ("cf", "lb", "knn", "cf+", "lb+", "knn+", "bayesian")
+METHOD_NAMES = ("cf", "lb", "knn", "if", "cf+", "lb+", "knn+", "if+", "bayesian")
 
 
 def method_options(
@@ -181,11 +182,11 @@ def _all_options(method: str, given: dict, **numbers) -> dict:
             refuse(name, describe(value), "a positive number", "leave it out for the default")
     return options
 
-# %% ../nbs/19_matting.ipynb #6be73c20
+# %% ../nbs/19_matting.ipynb #1178e854
 def matte(
     image: np.ndarray | Volume,  # (H, W), (D, H, W), or either with up to 3 channels last
     trimap: np.ndarray | Volume,  # (H, W) or (D, H, W): uint8 0/128/255, or floats in [0, 1]
-    method: str = "cf",  # "cf", "lb", "knn"; "cf+", "lb+", "knn+" with the foreground calibrated (Eq. 4); "bayesian" (2D)
+    method: str = "cf",  # "cf", "lb", "knn", "if", each also with "+" for the foreground calibrated by Eq. 4; "bayesian" (2D)
     *,
     spacing: float | tuple[float, ...] | None = None,  # mm for each axis; None: that of the Volume, else 1
     hu_range: tuple[float, float] | None = None,  # HU scaled to 0 and 1 for solving; None: (-1000, 400) where it applies
