@@ -123,6 +123,17 @@ def test_soft_form_equals_the_literal_energy(problem, weight):
     assert abs(solved.alpha.ravel() - exact).max() < 1e-6
 
 
+def test_soft_form_moves_known_voxels_that_no_window_holds():
+    labels = np.full((1, 4, 9), 128)
+    labels[..., 2:5], labels[..., 5:] = 0, 255
+    problem = make_problem(np.random.default_rng(0).random((1, 4, 9, 1)), labels)
+    assert InformationFlow(problem, **OPTIONS, constraint_weight=1.0).far.size == 3
+    dense, right = literal(problem, **OPTIONS)
+    fixed, known = labels.ravel() != 128, problem.known.ravel()
+    exact = np.linalg.solve(dense + np.diag(fixed * 1.0), right + fixed * known)
+    assert abs(solve(problem, 1e-13, 5000, **OPTIONS, constraint_weight=1.0).alpha.ravel() - exact).max() < 1e-6
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 20), st.sampled_from([1e-6, 1e-3, 1.0]), st.integers(0, 10**6), st.booleans())
 def test_mixture_weights_are_the_constrained_least_squares(channels, count, regulariser, seed, constant):
