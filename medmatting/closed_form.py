@@ -351,10 +351,13 @@ def assemble(
     ends = np.append(0, np.cumsum(valid.sum(1))).astype(np.int32)
     return csr_array((entries[valid], column[valid], ends), shape=(len(entries),) * 2)
 
-# %% ../nbs/12_closed_form.ipynb #694af250
-def solve_assembled(system: WindowSystem) -> Solution:
-    "Exact solution through the sparse matrix; x is on all stored voxels, as from `pcg`."
-    solution = solve_direct(assemble(system), system.rhs[system.free == 1])
+# %% ../nbs/12_closed_form.ipynb #a07b6d7b
+def solve_assembled(
+    system: WindowSystem,  # statistics and constraints
+    tol: float = 1e-7,  # relative residual that must be reached
+) -> Solution:  # x on all stored voxels, as from `pcg`
+    "Exact solution through the sparse matrix."
+    solution = solve_direct(assemble(system), system.rhs[system.free == 1], tol)
     x = system.start()
     x[system.free == 1] = solution.x
     return Solution(x, 0, solution.residual)

@@ -120,7 +120,7 @@ class Solution:
     iterations: int  # products with the matrix; 0 for a direct solve
     residual: float  # norm(b - A x) / norm(b), recomputed in float64
 
-# %% ../nbs/11_linear.ipynb #e57fc48e
+# %% ../nbs/11_linear.ipynb #6c8f24f8
 def pcg(
     system,  # start(), residual(x, out), apply(p, out), zeros(), dot, step, turn
     tol: float = 1e-6,  # relative residual to reach
@@ -137,6 +137,8 @@ def pcg(
         residual = system.dot(r, r) ** 0.5 / size
         if residual <= tol:
             return Solution(x, iterations, residual)
+        if not np.isfinite(residual):
+            raise ConvergenceError(_why(iterations, residual, tol, True))
         # A restart that no longer halves the residual has met the limits of the arithmetic.
         stalled = residual > 0.5 * previous
         if stalled or iterations >= max_iterations:
@@ -145,7 +147,7 @@ def pcg(
         previous = residual
         system.residual(x, r)
 
-# %% ../nbs/11_linear.ipynb #6371f0e0
+# %% ../nbs/11_linear.ipynb #90ebbfc1
 def _descend(system, x, r, q, target, budget, done, size, progress) -> int:
     "Iterate from residual r until the recursion reaches the target or the budget is spent."
     p = system.zeros()
@@ -156,7 +158,7 @@ def _descend(system, x, r, q, target, budget, done, size, progress) -> int:
         previous, (rz, rr) = rz, system.step(a, x, r, p, q)
         if progress is not None:
             progress(done + iteration, rr**0.5 / size)
-        if rr**0.5 <= target:
+        if not rr**0.5 > target:  # NaN ends it as well
             break
         system.turn(rz / previous, p, r)
     return iteration
@@ -167,30 +169,40 @@ def _why(iterations, residual, tol, stalled) -> str:
     return (f"not converged: relative residual {residual:.2e} after {iterations} iterations, wanted {tol:.0e}; {reason}."
             " Raise tol= or max_iterations=; for cf and lb also eps=, or solver='direct' for images.")
 
-# %% ../nbs/11_linear.ipynb #db90461d
+# %% ../nbs/11_linear.ipynb #29904054
 def solve_direct(
     matrix,  # (n, n) scipy sparse array, symmetric positive definite
     rhs: np.ndarray,  # (n,)
+    tol: float = 1e-7,  # relative residual that must be reached; rounding is the only thing that can prevent it
 ) -> Solution:  # x, 0 iterations, true residual
     "Exact solution by sparse factorisation in single precision and refinement in double."
     if not rhs.any():
         return Solution(np.zeros_like(rhs), 0, 0.0)
-    try:
-        solution = _refine(matrix, rhs, np.float32)
-    except RuntimeError:  # singular in single precision
-        return _refine(matrix, rhs, np.float64)
-    return solution if solution.residual < 1e-12 else _refine(matrix, rhs, np.float64)
+    residual = np.inf
+    for precision, enough in ((np.float32, min(tol, 1e-12)), (np.float64, tol)):
+        try:
+            solution = _refine(matrix, rhs, precision)
+        except RuntimeError:  # singular in this precision
+            continue
+        residual = solution.residual
+        if residual <= enough:
+            return solution
+    raise ConvergenceError(f"not converged: the matrix is singular to rounding (relative residual {residual:.2e}, wanted {tol:.0e})."
+                           " Raise eps=, or bring constraint_weight= nearer to 1.")
 
 
 def _refine(matrix, rhs, precision) -> Solution:
     "Factorise once, correct until the residual no longer halves."
     from scipy.sparse.linalg import splu
 
-    columns = matrix.T.astype(precision).tocsc()  # symmetric: its rows are its columns
+    with np.errstate(over="ignore"):
+        columns = matrix.T.astype(precision).tocsc()  # symmetric: its rows are its columns
+    if not np.isfinite(columns.data).all():
+        raise RuntimeError("beyond the range of this precision")
     factor = splu(columns, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
     norm = np.linalg.norm(rhs)
     best, left, previous, residual = np.zeros_like(rhs), rhs, np.inf, 1.0
-    while residual < 0.5 * previous:
+    while residual < 0.5 * previous:  # ends with NaN as well
         size = np.linalg.norm(left)
         x = best + size * factor.solve((left / size).astype(precision)).astype(float)
         left = rhs - matrix @ x

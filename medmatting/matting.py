@@ -6,12 +6,12 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #8f75a72f
+# %% ../nbs/19_matting.ipynb #eb2c78c1
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import signature
-from numbers import Real
+from numbers import Integral, Real
 from time import perf_counter
 
 import numpy as np
@@ -29,7 +29,7 @@ from .regions import solve_groups
 from .trimaps import check_trimap
 from .volumes import Volume, check_same_grid
 
-# %% ../nbs/19_matting.ipynb #eafd1390
+# %% ../nbs/19_matting.ipynb #b91de78f
 def intensity_limits(
     image: np.ndarray | Volume,  # any supported image
     hu: bool,  # whether the method needs Hounsfield units
@@ -46,23 +46,27 @@ def intensity_limits(
     if hu or hu_range is not None or getattr(image, "unit", "") == "HU":
         check_hu(image, "image")
         return check_range((-1000, 400) if hu_range is None else hu_range)
-    if array.dtype in (np.uint8, np.uint16):
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         return 0.0, float(np.iinfo(array.dtype).max)
     if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
         return 0.0, 1.0
     refuse("image", describe(array), "uint8, uint16, floats within [0, 1], or an explicit range",
            "give hu_range=(-1000, 400) if these are Hounsfield units, otherwise intensity_range=(low, high)")
 
-# %% ../nbs/19_matting.ipynb #a82f1f7a
+# %% ../nbs/19_matting.ipynb #42ba36d0
 def _grids(image, trimap, spacing):
     "Image as (D, H, W, C) view, trimap as (D, H, W), spacing for three axes; shapes and grids checked against each other."
-    array, ndim = np.asarray(image), np.ndim(trimap)
+    try:
+        array, ndim = np.asarray(image), np.ndim(trimap)
+    except ValueError:
+        refuse("image, trimap", "nested lists of uneven length", "arrays", "make each a NumPy array of one shape")
     if array.dtype.kind not in "iuf":
         refuse("image", describe(array), "numbers", "convert the image to integers or floats")
-    if ndim not in (2, 3) or array.shape[:ndim] != np.shape(trimap) or array.ndim - ndim not in (0, 1):
+    colour = getattr(image, "channels", array.ndim > ndim)
+    if ndim not in (2, 3) or colour != (array.ndim > ndim) or array.shape[:ndim] != np.shape(trimap) or array.ndim - ndim not in (0, 1):
         refuse("image, trimap", f"shapes {array.shape} and {np.shape(trimap)}",
                "a trimap with the (H, W) or (D, H, W) of the image", "resample one to the grid of the other")
-    if array.ndim > ndim and array.shape[-1] > 3:
+    if array.ndim > ndim and not 1 <= array.shape[-1] <= 3:
         refuse("image", f"{array.shape[-1]} channels", "1 to 3 channels", "drop the opacity channel, as image[..., :3]")
     spacings = [v.spacing for v in (image, trimap) if isinstance(v, Volume)] + [check_spacing(spacing, ndim)] * (spacing is not None)
     if any(not np.allclose(s, spacings[0], rtol=1e-3) for s in spacings):
@@ -75,7 +79,7 @@ def _grids(image, trimap, spacing):
     flat = (1,) * (3 - ndim)  # an image is a volume of one slice
     return (view if ndim == 3 else view[None]), check_trimap(trimap).reshape(flat + np.shape(trimap)), (1.0,) * (3 - ndim) + size
 
-# %% ../nbs/19_matting.ipynb #ede2efa4
+# %% ../nbs/19_matting.ipynb #c1a033db
 @dataclass(frozen=True)
 class MatteInfo:
     "How a matte was made."
@@ -84,9 +88,9 @@ class MatteInfo:
     parameters: dict  # everything that influences the result
     unknown: int  # voxels solved for
     stored: int  # voxels the method stored something for
-    solver: str  # "matrix-free", "direct" or "torch"
-    iterations: int  # products with the matrix, 0 for a direct solve
-    residual: float  # relative residual, recomputed from the solution
+    solver: str  # "matrix-free", "direct", "torch" or "per pixel"
+    iterations: int  # products with the matrix, 0 for a direct solve; rounds for "bayesian"
+    residual: float  # relative residual, recomputed from the solution; for "bayesian" the largest last change of alpha
     clipped: int  # voxels that left [0, 1] by more than 1e-6 and were clipped
     overshoot: float  # by how much at most
     seconds: float  # wall time
@@ -98,7 +102,7 @@ class MatteInfo:
         rows += [f"| {name} | {value} |" for name, value in self.parameters.items()]
         return "\n".join(["| | |", "|---|---|", *rows])
 
-# %% ../nbs/19_matting.ipynb #bed66a4d
+# %% ../nbs/19_matting.ipynb #bc2ad812
 DIRECT_LIMIT = 400_000  # unknown pixels; the factors of a larger image take more than a gigabyte
 SOLVERS = ("auto", "matrix-free", "direct")
 
@@ -134,7 +138,7 @@ def _solve_region(make, tol, max_iterations, arguments, windows, solver, device,
         small_image = region.radius[0] == 0 and region.unknown.sum() <= DIRECT_LIMIT
         solver = "direct" if small_image and host else "matrix-free"
     system = make(region, problem.scaled(region.box, spans.covered), spans.gather(problem.known[region.box]), *arguments)
-    solution = solve_assembled(system) if solver == "direct" else pcg(system, tol, max_iterations, progress)
+    solution = solve_assembled(system, tol) if solver == "direct" else pcg(system, tol, max_iterations, progress)
     alpha = problem.known
     spans.scatter(system.alpha(solution.x), alpha[region.box])
     return Solved(np.swapaxes(alpha, 0, 2) if turned else alpha, solution.iterations, solution.residual, solver if host else "torch",
@@ -170,7 +174,7 @@ def method_options(
     parameters = list(signature(METHODS[method.rstrip("+")]).parameters.values())[4:]
     return {parameter.name: parameter.default for parameter in parameters}
 
-# %% ../nbs/19_matting.ipynb #2ee38c70
+# %% ../nbs/19_matting.ipynb #9f313ff7
 def _all_options(method: str, given: dict, **numbers) -> dict:
     "Options of the method with the given ones filled in; unknown names and impossible numbers are refused."
     defaults = method_options(method)
@@ -178,11 +182,15 @@ def _all_options(method: str, given: dict, **numbers) -> dict:
         refuse(unknown[0], describe(given[unknown[0]]), f"for {method!r} {', '.join(defaults)}", "leave it out, or check its spelling")
     options = defaults | given
     for name, value in {**numbers, **{n: options[n] for n in ("eps", "constraint_weight") if n in options}}.items():
-        if value is not None and not (isinstance(value, Real) and np.isfinite(value) and value > 0):
-            refuse(name, describe(value), "a positive number", "leave it out for the default")
+        if value is None and name in ("tol", "constraint_weight"):
+            continue
+        whole = name != "max_iterations" or isinstance(value, Integral)
+        if isinstance(value, bool) or not (isinstance(value, Real) and np.isfinite(value) and value > 0 and whole):
+            refuse(name, describe(value), "a positive whole number" if name == "max_iterations" else "a positive number",
+                   "leave it out for the default")
     return options
 
-# %% ../nbs/19_matting.ipynb #1178e854
+# %% ../nbs/19_matting.ipynb #a6c72397
 def matte(
     image: np.ndarray | Volume,  # (H, W), (D, H, W), or either with up to 3 channels last
     trimap: np.ndarray | Volume,  # (H, W) or (D, H, W): uint8 0/128/255, or floats in [0, 1]
@@ -201,6 +209,8 @@ def matte(
 ) -> np.ndarray | Volume | tuple:  # float32 in [0, 1] on the grid of the trimap, a Volume if the image is; with info, (alpha, info)
     "Alpha matte of an image from a trimap (3D Matting, Eq. 2 to 4)."
     began, plus = perf_counter(), str(method).endswith("+")
+    if progress is not None and not callable(progress):
+        refuse("progress", describe(progress), "a function of two numbers", "leave it out for silence")
     options = _all_options(method, options, tol=tol, max_iterations=max_iterations)
     voxels, labels, size = _grids(image, trimap, spacing)
     limits = intensity_limits(image, plus, hu_range, intensity_range)
@@ -218,7 +228,7 @@ def matte(
                              solved.residual, clipped, overshoot,
                              perf_counter() - began, solved.nbytes / 1e6)
 
-# %% ../nbs/19_matting.ipynb #a2a7fefe
+# %% ../nbs/19_matting.ipynb #ca939f10
 @kernel
 def _clip(alpha):
     "Clip to [0, 1] in place; how many left it by more than 1e-6, and by how much at most."
@@ -237,8 +247,10 @@ def _known_values(hu, labels, plus, window, foreground) -> np.ndarray:
     inside = labels == 255
     values = inside.astype(np.float32)
     if plus:
+        if foreground is not None and not callable(foreground):
+            refuse("foreground", describe(foreground), "a function of HU", "use functools.partial(medmatting.calibrate, ...)")
         calibrated = np.asarray(foreground(hu[inside]) if foreground else calibrate(hu[inside], window))
-        if calibrated.shape != (inside.sum(),) or not (calibrated.min() >= 0 and calibrated.max() <= 1):
+        if calibrated.dtype.kind not in "iuf" or calibrated.shape != (inside.sum(),) or not (calibrated.min() >= 0 and calibrated.max() <= 1):
             refuse("foreground", describe(calibrated), "one value within [0, 1] for each foreground voxel",
                    "use functools.partial(medmatting.calibrate, ...)")
         values[inside] = calibrated
