@@ -18,11 +18,11 @@ from pathlib import Path
 from . import __version__
 from .checks import InputError, atomic_path, refuse
 
-# %% ../nbs/60_cli.ipynb #baf7aec7
+# %% ../nbs/60_cli.ipynb #68d9947a
 def add_matte(commands):
     "Arguments of `medmatting matte`."
     parser = commands.add_parser("matte", help="alpha matte of an image", description="Alpha matte of an image or volume.")
-    parser.add_argument("image", type=Path, nargs="?", help="NIfTI, NRRD, MHA, PNG, TIFF or NumPy file, or a folder with a DICOM series")
+    parser.add_argument("image", type=Path, nargs="?", help="NIfTI, NRRD, MHA, PNG, TIFF, JPEG or NumPy file, or a folder with a DICOM series")
     parser.add_argument("--batch", type=Path, metavar="FOLDER", help="matte every case of a folder instead of one image")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="with --batch: cases side by side (default 1)")
     source = parser.add_mutually_exclusive_group()
@@ -46,7 +46,7 @@ def add_trimap_options(parser):
     parser.add_argument("--band-mm", type=float, default=1.0, help="with --mask: band on each side of the outline (1 mm)")
     parser.add_argument("--clean-trimap", action="store_true", help="with --trimap: take other greys than 0 and 255 as unknown")
 
-# %% ../nbs/60_cli.ipynb #7c52b6df
+# %% ../nbs/60_cli.ipynb #bad5dee8
 def add_solver_options(parser):
     "What `medmatting.matte` accepts."
     parser.add_argument("--method", default="cf", help="cf, lb, knn, if, each with + for the foreground calibrated by Hounsfield units; bayesian")
@@ -62,14 +62,19 @@ def add_solver_options(parser):
     parser.add_argument("--solver", help="cf, lb: auto (default), matrix-free or direct")
     parser.add_argument("--device", help="cf, lb: cpu (default) or a CUDA device of PyTorch")
     parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                        help="any other option of the method, its value as JSON: --option neighbours [20,10]")
+                        help="any other option of the method, its value as JSON: --option neighbours '[20,10]'")
 
 
 def method_options(arguments) -> dict:
     "Options of the method that were given on the command line."
     named = {name: getattr(arguments, name) for name in ("eps", "constraint_weight", "windows", "solver", "device")}
     options = {name: value for name, value in named.items() if value is not None}
+    from medmatting import matting
+
+    accepted = matting.method_options(arguments.method)
     for name, text in arguments.option:
+        if name not in accepted:
+            refuse("--option", name, f"for {arguments.method!r} {', '.join(accepted)}", "check its spelling")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -77,7 +82,7 @@ def method_options(arguments) -> dict:
         options[name] = tuple(value) if isinstance(value, list) else value
     return options
 
-# %% ../nbs/60_cli.ipynb #bb805cf0
+# %% ../nbs/60_cli.ipynb #8a03bb50
 def read_trimap(arguments, image):
     "Trimap of the arguments, on the grid of the image where the file has no geometry of its own."
     from dataclasses import replace
@@ -86,8 +91,8 @@ def read_trimap(arguments, image):
 
     def read_label(path):
         label = read(path)
-        if path.suffix.lower() in (".png", ".tif", ".tiff", ".npy", ".npz"):  # a picture lies where the image lies
-            return replace(label, spacing=image.spacing, origin=image.origin, direction=image.direction)
+        if path.suffix.lower() in (".png", ".tif", ".tiff", ".npy") and label.ndim == image.ndim:
+            return replace(label, spacing=image.spacing, origin=image.origin, direction=image.direction)  # pictures say no place
         return label
 
     if arguments.trimap:
@@ -116,11 +121,11 @@ class Counter:
         if self.shown:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/60_cli.ipynb #5ebce874
-def check_output(path: Path, overwrite: bool):
+# %% ../nbs/60_cli.ipynb #376433fb
+def check_output(name: str, path: Path | None, overwrite: bool):
     "Refuse an output that exists, before anything is computed."
-    if path.exists() and not overwrite:
-        refuse("--output", f"{path}, which exists", "a new file", "choose another name, or add --overwrite")
+    if path is not None and path.exists() and not overwrite:
+        refuse(name, f"{path}, which exists", "a new file", "choose another name, or add --overwrite")
 
 
 def run_matte(arguments) -> int:
@@ -140,15 +145,20 @@ def run_matte(arguments) -> int:
 def matte_one(arguments) -> int:
     "Read, solve, write."
     from medmatting import Window, matte, read, resample, resample_like, write
+    from medmatting.matting import intensity_limits
 
-    for path in filter(None, (arguments.output, arguments.info)):
-        check_output(path, arguments.overwrite)
+    if arguments.info and arguments.info.resolve() == arguments.output.resolve():
+        refuse("--info", str(arguments.info), "another file than --output", "choose another name")
+    for name, path in (("--output", arguments.output), ("--info", arguments.info)):
+        check_output(name, path, arguments.overwrite)
     native = image = read(arguments.image)
     trimap = read_trimap(arguments, image)
+    pairs = {name: tuple(value) for name in ("hu_range", "intensity_range") if (value := getattr(arguments, name))}
     if arguments.resample is not None:
+        if not pairs and image.array.dtype.kind == "u":  # resampled values are floats and no longer say their range
+            pairs["intensity_range"] = intensity_limits(image, arguments.method.endswith("+"))
         image, trimap = resample(image, arguments.resample), resample(trimap, arguments.resample, order="nearest")
     counter = Counter()
-    pairs = {name: tuple(value) for name in ("hu_range", "intensity_range") if (value := getattr(arguments, name))}
     alpha, info = matte(image, trimap, arguments.method, window=Window(*arguments.window), tol=arguments.tol,
                         progress=counter, return_info=True, **pairs, **method_options(arguments))
     counter.clear()
@@ -158,7 +168,7 @@ def matte_one(arguments) -> int:
     if arguments.info:
         write_json(arguments.info, asdict(info))
     print(f"{arguments.output}: {info.method}, {info.unknown} unknown voxels, {info.iterations} iterations, "
-          f"relative residual {info.residual:.1e}, {info.seconds:.2f} s")
+          f"{'last change of alpha' if info.method == 'bayesian' else 'relative residual'} {info.residual:.1e}, {info.seconds:.2f} s")
     return 0
 
 
@@ -192,14 +202,14 @@ def run_case(arguments, folder: Path, output: Path) -> str:
         return str(error) or type(error).__name__
     return ""
 
-# %% ../nbs/60_cli.ipynb #6db57b38
+# %% ../nbs/60_cli.ipynb #2541bc1d
 def run_batch(arguments) -> int:
     "Matte what is not there yet; 1 if a case failed."
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    folders = sorted(path for path in arguments.batch.iterdir() if path.is_dir()) if arguments.batch.is_dir() else []
+    folders = sorted(path for path in arguments.batch.iterdir() if path.is_dir() and path.name[0] != ".") if arguments.batch.is_dir() else []
     if not folders:
         refuse("--batch", str(arguments.batch), "a folder with a folder for each case", "check the path")
     outputs = {folder: arguments.output / f"{folder.name}.nii.gz" for folder in folders}
@@ -215,6 +225,8 @@ def run_batch(arguments) -> int:
                 reason = job.result()
             except BrokenProcessPool:
                 reason = "its process died; run the same command again, with fewer jobs if memory ran out"
+            except Exception as error:  # a fault of this package in one case must not cost the others
+                reason = f"{type(error).__name__}: {error}"
             if reason:
                 failed[jobs[job].name] = reason
             print(f"{done} of {len(folders)}: {jobs[job].name}{' FAILED' if reason else ''}", flush=True)

@@ -104,13 +104,18 @@ def one_sentence(capsys):
     (["{d}/ct.nii.gz", "--trimap", "{d}/trimap.nii.gz", "--hu-range", "400", "-1000"], "hu_range"),
     (["{d}/ct.nii.gz", "--trimap", "{d}/trimap.nii.gz", "--resample", "0"], "spacing"),
     (["{d}", "--trimap", "{d}/trimap.nii.gz"], "DICOM"),
+    (["{d}/ct.nii.gz", "--trimap", "{d}/elsewhere.npz"], "grid|mm away|spacing"),
+    (["{d}/ct.nii.gz", "--trimap", "{d}/trimap.nii.gz", "--option", "tol", "1"], "--option"),
+    (["{d}/ct.nii.gz", "--trimap", "{d}/trimap.nii.gz", "--option", "eps", "null"], "eps"),
+    (["{d}/ct.nii.gz", "--trimap", "{d}/trimap.nii.gz", "--info", "{o}"], "--info"),
 ])
 def test_refusals_are_one_sentence(files, tmp_path, capsys, words, said):
     whole = (files / "ct.nii.gz").read_bytes()
     (files / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
     trimap = mm.read(files / "trimap.nii.gz")
     mm.write(files / "shifted.nii.gz", mm.Volume(trimap.array, spacing=trimap.spacing, origin=(50, 0, 0)))
-    status = run("matte", *[word.format(d=files) for word in words], "-o", tmp_path / "alpha.nii.gz")
+    mm.write(files / "elsewhere.npz", mm.Volume(trimap.array, spacing=trimap.spacing, origin=(500, 0, 0)))
+    status = run("matte", *[word.format(d=files, o=tmp_path / "alpha.nii.gz") for word in words], "-o", tmp_path / "alpha.nii.gz")
     assert status in (1, 2) and not list(tmp_path.iterdir())
     import re
     assert re.search(said, one_sentence(capsys))
@@ -187,3 +192,11 @@ def test_batch_does_what_it_can_lists_failures_and_resumes(cohort, files, tmp_pa
 def test_batch_words_are_checked(tmp_path, capsys, words):
     assert run("matte", *[word.format(d=tmp_path) for word in words], "-o", tmp_path / "o") == 2
     assert one_sentence(capsys)
+
+
+def test_a_picture_can_be_resampled(tmp_path):
+    rng = np.random.default_rng(0)
+    mm.write(tmp_path / "image.png", rng.integers(0, 256, (20, 24), dtype=np.uint8))
+    mm.write(tmp_path / "trimap.png", np.tile(np.repeat(np.uint8([0, 128, 255]), 8), (20, 1)))
+    assert run("matte", tmp_path / "image.png", "--trimap", tmp_path / "trimap.png", "--resample", 0.5, "-o", tmp_path / "a.png") == 0
+    assert mm.read(tmp_path / "a.png").shape == (20, 24)

@@ -375,3 +375,27 @@ def test_unknown_voxels_outside_every_centred_window_are_refused():
     trimap[1:-1, 3:6] = 0
     with pytest.raises(InputError, match="touching"):
         mm.matte(GREY, trimap, windows="centred")
+
+
+@pytest.mark.parametrize("options", [dict(constraint_weight=1e40), dict(constraint_weight=1e-12, tol=1e-9), dict(eps=1e-320)])
+@pytest.mark.filterwarnings("ignore:overflow|invalid")
+def test_a_singular_direct_solve_is_an_exception(options):
+    labels = np.zeros((8, 9), np.uint8)
+    labels[2:6, 2:7], labels[3, 3] = 128, 255
+    with pytest.raises(ConvergenceError, match="singular"):
+        mm.matte(np.full((8, 9), 0.5), labels, solver="direct", **options)
+
+
+@pytest.mark.parametrize("words, options", [
+    ("max_iterations", dict(max_iterations=1e4)), ("eps", dict(eps=None)), ("progress", dict(progress=3)),
+    ("foreground", dict(method="cf+", hu_range=(-1000, 400), foreground=3)), ("neighbours", dict(neighbours=3)),
+])
+def test_options_of_the_wrong_kind_are_refused(words, options):
+    image = HU if "method" in options else GREY
+    with pytest.raises(InputError, match=words):
+        mm.matte(image, TRIMAP if "method" in options else LABELS, **options)
+
+
+def test_big_endian_pictures_are_scaled_by_their_type():
+    grey = (GREY * 65535).astype(np.uint16)
+    assert np.array_equal(mm.matte(grey.astype(">u2"), LABELS), mm.matte(grey, LABELS))
