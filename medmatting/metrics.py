@@ -6,7 +6,7 @@
 __all__ = ['SIGMA', 'LEVELS', 'CONN_THRESHOLD', 'PROTOCOLS', 'sad', 'mse', 'gradient_magnitude', 'grad', 'conn', 'conn_original',
            'Protocol', 'Score', 'score']
 
-# %% ../nbs/06_metrics.ipynb #c9ae18a8
+# %% ../nbs/06_metrics.ipynb #e9594257
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from .checks import check_finite, check_spacing, describe, refuse
 from .trimaps import UNKNOWN, check_trimap
-from .volumes import Volume
+from .volumes import Volume, check_same_grid
 
 # %% ../nbs/06_metrics.ipynb #e9b2b043
 def _alpha(
@@ -353,7 +353,7 @@ def _sums(maps: dict, mask: np.ndarray, scale: float) -> dict[str, float]:
     return {name: float(errors[mask].mean() if name == "mse" else errors[mask].sum() * scale)
             for name, errors in maps.items()}
 
-# %% ../nbs/06_metrics.ipynb #b10b2a3d
+# %% ../nbs/06_metrics.ipynb #23741438
 def _protocol(protocol: str, connectivity, sigma_mm) -> Protocol:
     "The protocol of that name; the settings that only volume-3d leaves open are refused elsewhere."
     if protocol not in PROTOCOLS:
@@ -368,7 +368,7 @@ def _protocol(protocol: str, connectivity, sigma_mm) -> Protocol:
 
 
 def _spacing(alpha, truth, trimap, spacing) -> tuple[float, ...]:
-    "One voxel size in mm, from the Volumes and the argument, which must agree."
+    "One voxel size in mm, from the argument and the Volumes, which must lie on one grid."
     ndim = np.ndim(truth)
     sizes = {item.spacing for item in (alpha, truth, trimap) if isinstance(item, Volume)}
     if spacing is not None:
@@ -376,4 +376,7 @@ def _spacing(alpha, truth, trimap, spacing) -> tuple[float, ...]:
     sizes = sorted(sizes or {(1.0,) * ndim})
     if any(len(size) != len(sizes[0]) or not np.allclose(size, sizes[0], rtol=1e-3) for size in sizes):
         refuse("spacing", f"different voxel sizes {sizes}", "one voxel size in mm", "resample to one grid")
+    grids = {name: item for name, item in dict(truth=truth, alpha=alpha, trimap=trimap).items() if isinstance(item, Volume)}
+    for name in list(grids)[1:]:
+        check_same_grid(name, grids[name], next(iter(grids.values())))
     return sizes[0]

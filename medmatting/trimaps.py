@@ -6,7 +6,7 @@
 __all__ = ['BACKGROUND', 'UNKNOWN', 'FOREGROUND', 'check_trimap', 'Core', 'TrimapInfo', 'trimap_from_raters', 'trimap_from_mask',
            'clean_trimap', 'trimap_from_file']
 
-# %% ../nbs/04_trimaps.ipynb #9c7bbdf5
+# %% ../nbs/04_trimaps.ipynb #6c1ddb52
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from .checks import check_finite, check_spacing, describe, refuse
-from .volumes import Volume
+from .volumes import Volume, check_same_grid
 
 # %% ../nbs/04_trimaps.ipynb #982665bf
 BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255
@@ -123,17 +123,17 @@ def _binary(name: str, mask: np.ndarray) -> np.ndarray:
             return mask != 0
     refuse(name, describe(mask), "a binary mask: bool, 0/1 or 0/255", "threshold it, for example mask > 0.5")
 
-# %% ../nbs/04_trimaps.ipynb #79db52dc
+# %% ../nbs/04_trimaps.ipynb #2fe9a3a9
 def _grid(items: Sequence, spacing, ndim: int) -> tuple[float, ...]:
-    "The one voxel size of Volumes and of the argument `spacing`, in mm."
+    "The one voxel size in mm of the argument `spacing` and of the Volumes, which must lie on one grid."
     sizes = {item.spacing for item in items if isinstance(item, Volume)}
     if spacing is not None:
         sizes.add(check_spacing(spacing, ndim))
     if any(not np.allclose(size, other, rtol=1e-3) for size in sizes for other in sizes):
         refuse("spacing", f"different voxel sizes {sorted(sizes)}", "one voxel size in mm", "resample to one grid")
-    origins = {item.origin for item in items if isinstance(item, Volume)}
-    if any(not np.allclose(origin, other, atol=0.01) for origin in origins for other in origins):
-        refuse("masks", f"different origins {sorted(origins)}", "one grid", "resample to one grid")
+    volumes = [item for item in items if isinstance(item, Volume)]
+    for volume in volumes[1:]:
+        check_same_grid("masks", volume, volumes[0])
     return max(sizes) if sizes else (1.0,) * ndim
 
 # %% ../nbs/04_trimaps.ipynb #79afdc6b

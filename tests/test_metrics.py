@@ -398,6 +398,18 @@ def test_bad_settings_of_volumes_are_refused(more):
         score(*RNG.random((2, 4, 5, 6)), **more)
 
 
+@pytest.mark.parametrize("other", [dict(origin=(0, 0, 9)), dict(direction=np.diag([1, 1, -1]))])
+def test_volumes_on_different_grids_are_refused(other):
+    values = np.where(np.arange(4) == 1, 255, np.where(np.arange(4) == 2, 0, 128)) * np.ones((3, 4, 1))
+    here, there = Volume(values / 255), Volume(values / 255, **other)
+    assert score(here, here, here)["sad"] == 0
+    for argument, volumes in {"alpha": (there, here), "trimap": (here, here, there)}.items():
+        with pytest.raises(InputError, match=f"{argument}: .*mm away"):
+            score(*volumes)
+    with pytest.raises(InputError, match="trimap: .*mm away"):
+        score(here, here.array, there)
+
+
 def test_other_greys_in_a_trimap_are_for_one_protocol_only():
     greys = BAND.copy()
     greys[1] = 96

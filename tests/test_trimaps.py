@@ -238,7 +238,8 @@ def test_masks_may_be_binary_of_any_type(dtype, top):
     (Volume(two_cores()), {}, "trimap_from_mask"),
     ([Volume(two_cores(), 1.0), Volume(two_cores(), 2.0)], {}, "voxel sizes"),
     ([Volume(two_cores(), 1.0)], dict(spacing=2.0), "voxel sizes"),
-    ([Volume(two_cores()), Volume(two_cores(), origin=(0, 9))], {}, "origins"),
+    ([Volume(two_cores()), Volume(two_cores(), origin=(0, 9))], {}, "masks: .*mm away"),
+    ([Volume(two_cores()), Volume(two_cores(), direction=np.diag([1, -1]))], {}, "masks: .*mm away"),
 ])
 def test_bad_raters_are_refused(masks, more, words):
     with pytest.raises(InputError, match=words):
