@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEDICAL', 'PICTURES', 'NUMPY', 'WRITABLE', 'TO_LPS', 'TO_MM', 'PLAIN', 'PLACE', 'read', 'write']
 
-# %% ../nbs/03_files.ipynb #334a9912
+# %% ../nbs/03_files.ipynb #68930843
+import gzip
 import os
 import sys
 import threading
@@ -32,7 +33,7 @@ def _ending(path: Path) -> str:
     name = path.name.lower()
     return next((ending for ending in MEDICAL if name.endswith(ending)), path.suffix.lower())
 
-# %% ../nbs/03_files.ipynb #bc08166d
+# %% ../nbs/03_files.ipynb #6ce8695c
 @contextmanager
 def _decoding(path: Path):
     "Turn any failure of a decoder inside the block into a refusal of the file."
@@ -43,14 +44,16 @@ def _decoding(path: Path):
     except Exception as error:  # decoders raise what they like: OSError, struct.error, zlib.error, SyntaxError ...
         reason = " ".join(str(error).split())
         known = {"Unable to determine": "its content is not of that format", "orthonormal": "its axes are sheared",
-                 "allow_pickle": "it holds Python objects or is no NumPy file"}
+                 "allow_pickle": "it holds Python objects or is no NumPy file", "CRC check": "truncated or damaged",
+                 "decompressing": "truncated or damaged", "Compressed file ended": "truncated or damaged",
+                 "Not a gzipped": "its content is not of that format"}
         short = next((text for sign, text in known.items() if sign in reason), None)
         if short is None:
             short = "truncated or damaged" if "ITK" in reason else reason[:120].rstrip(". ") or type(error).__name__
         refuse("path", f"{path}, which cannot be read ({short})",
                f"a complete {_ending(path) or 'image'} file", "check that it was copied whole and is named after its format")
 
-# %% ../nbs/03_files.ipynb #46d98647
+# %% ../nbs/03_files.ipynb #57621ee7
 TO_LPS = np.diag([-1.0, -1.0, 1.0])  # between RAS and LPS, both ways
 TO_MM = {"meter": 1000.0, "micron": 0.001}  # NIfTI's other units of length
 
@@ -60,6 +63,7 @@ def _read_nifti(path: Path) -> Volume:
     import nibabel
 
     with _decoding(path), nibabel.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
+        _check_stream(path)
         image = nibabel.load(path, mmap=False)
         array = np.asarray(image.dataobj)
         affine = _nifti_place(path, image)
@@ -68,6 +72,14 @@ def _read_nifti(path: Path) -> Volume:
         array = array.astype(np.float32)  # rescaled 16-bit numbers need no more
     unit = note.removeprefix("unit=") if note.startswith("unit=") else ""
     return _from_affine(path, array, affine, unit)
+
+# %% ../nbs/03_files.ipynb #bc394378
+def _check_stream(path: Path):
+    "Read a compressed file to its end, where gzip compares the checksum."
+    if _ending(path) == ".nii.gz":
+        with gzip.open(path) as stream:
+            while stream.read(1 << 20):
+                pass
 
 # %% ../nbs/03_files.ipynb #3340a1f9
 def _nifti_place(path: Path, image) -> np.ndarray:

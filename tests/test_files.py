@@ -221,6 +221,18 @@ def test_nifti_with_one_byte_missing_is_refused(tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize("damage", ["bit", "checksum", "no trailer"])
+def test_damaged_gzip_stream_is_refused(tmp_path, damage):
+    # Stored blocks: a flipped bit changes a voxel and nothing else notices but the checksum.
+    plain = write(tmp_path / "a.nii", scan(shape=(4, 50, 60))).read_bytes()
+    data = bytearray(gzip.compress(plain, 0))
+    data[{"bit": -60, "checksum": -8, "no trailer": -1}[damage]] ^= 1
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(data[:-8] if damage == "no trailer" else data)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        read(path)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(min_size=1, max_size=600), ending=st.sampled_from([*VOLUMES, ".png", ".tif", ".npy", ".npz", ".dcm"]))
 def test_junk_is_refused_in_every_format(tmp_path, junk, ending):
