@@ -17,7 +17,7 @@ import numpy as np
 from .checks import InputError, describe, refuse
 from .volumes import MAX_VOXELS, Volume
 
-# %% ../nbs/02_dicom.ipynb #202f0714
+# %% ../nbs/02_dicom.ipynb #b1aa7221
 @dataclass(frozen=True, eq=False)
 class _Slice:
     "Where one slice lies and how its stored numbers become values."
@@ -31,9 +31,10 @@ class _Slice:
     slope: float
     intercept: float
     label: str  # instance or frame number, for messages
+    kind: str  # SOPClassUID
     meta: dict = field(default_factory=dict)
 
-# %% ../nbs/02_dicom.ipynb #5e37c5b3
+# %% ../nbs/02_dicom.ipynb #bb82c55b
 def _lookup(dataset, frame: int | None):
     "Function that finds an attribute of a frame: per frame, shared, or at the top level."
     groups = [dataset]
@@ -44,10 +45,31 @@ def _lookup(dataset, frame: int | None):
             groups += [items[0] for items in (element.value for element in group if element.VR == "SQ") if len(items)]
 
     def find(name, default=None):
-        found = [group[name].value for group in reversed(groups) if name in group]
+        found = [_value(group, name) for group in reversed(groups) if name in group]
         return next((value for value in found if value not in (None, "")), default)
 
     return find
+
+# %% ../nbs/02_dicom.ipynb #8c4c44da
+def _value(group, name: str):
+    "An attribute, or a word where its text is not of its type (pydicom finds out only when asked)."
+    try:
+        return group[name].value
+    except Exception:  # depends on the type: ValueError, OverflowError, decimal.InvalidOperation ...
+        return "unreadable"
+
+
+def _numbers(path: Path, find, name: str, count: int, default=None, accept=np.isfinite, accepted="finite") -> np.ndarray:
+    "A numeric attribute as (count,) floats; refused by its name if it is anything else."
+    value = find(name, default)
+    try:
+        numbers = np.array(value, float).ravel()
+    except (TypeError, ValueError):
+        numbers = np.array([])
+    if numbers.size != count or not (np.isfinite(numbers) & accept(numbers)).all():
+        refuse("folder", f"{path.name} with {name} {value!s:.60}", f"{count} {accepted} number{'s' * (count > 1)}",
+               "repair the header or export the series again")
+    return numbers
 
 # %% ../nbs/02_dicom.ipynb #3bcab951
 def _slices(path: Path, dataset) -> list[_Slice]:
@@ -64,7 +86,7 @@ def _slices(path: Path, dataset) -> list[_Slice]:
         slices.append(_slice(path, frame, find))
     return slices
 
-# %% ../nbs/02_dicom.ipynb #46d3af39
+# %% ../nbs/02_dicom.ipynb #19d60820
 def _slice(path: Path, frame: int | None, find) -> _Slice:
     "One slice from a function that finds its attributes."
     ct = find("Modality") == "CT"
@@ -73,15 +95,19 @@ def _slice(path: Path, frame: int | None, find) -> _Slice:
                "grey images whose CT numbers can become HU", "export the original series")
     meta = {"modality": find("Modality"), "series_uid": str(find("SeriesInstanceUID")),
             "slice_thickness": find("SliceThickness"), "kernel": find("ConvolutionKernel"), "units": find("Units")}
-    rows, columns = np.reshape(np.array(find("ImageOrientationPatient"), float), (2, 3))
+    numbers = lambda *rules, **more: _numbers(path, find, *rules, **more)
+    positive = {"accept": lambda v: v > 0, "accepted": "positive"}
+    if meta["slice_thickness"] is not None:
+        meta["slice_thickness"] = float(numbers("SliceThickness", 1)[0])
     return _Slice(
-        path, frame, np.array(find("ImagePositionPatient"), float), np.stack([rows, columns]),
-        np.array(find("PixelSpacing"), float), (int(find("Rows")), int(find("Columns"))),
-        float(find("RescaleSlope", 1)), float(find("RescaleIntercept", 0)),
-        str(find("InstanceNumber", "?")) if frame is None else f"frame {frame + 1}",
+        path, frame, numbers("ImagePositionPatient", 3), numbers("ImageOrientationPatient", 6).reshape(2, 3),
+        numbers("PixelSpacing", 2, **positive), (int(numbers("Rows", 1, **positive)[0]), int(numbers("Columns", 1, **positive)[0])),
+        float(numbers("RescaleSlope", 1, 1, accept=lambda v: v != 0, accepted="non-zero")[0]),
+        float(numbers("RescaleIntercept", 1, 0)[0]),
+        str(find("InstanceNumber", "?")) if frame is None else f"frame {frame + 1}", str(find("SOPClassUID")),
         {name: float(value) if isinstance(value, float) else str(value) for name, value in meta.items() if value is not None})
 
-# %% ../nbs/02_dicom.ipynb #427cd2ac
+# %% ../nbs/02_dicom.ipynb #ea879d8d
 MAX_FILES = 50_000  # a folder with more is an archive, not a series
 
 
@@ -89,31 +115,73 @@ def _files(folder: Path) -> list[Path]:
     "All files under a folder, none of them outside it."
     root = folder.resolve()
     paths = []
-    for place, _, names in os.walk(root, followlinks=False):
+    for place, _, names in os.walk(root, onerror=_locked, followlinks=False):
         paths += [Path(place, name) for name in sorted(names)]
         if len(paths) > MAX_FILES:
             refuse("folder", f"{folder} with more than {MAX_FILES} files", "the folder of one series", "name that folder")
     return [path for path in paths if path.is_file() and path.resolve().is_relative_to(root)]
 
-# %% ../nbs/02_dicom.ipynb #87139c48
-def _scan(paths: list[Path]) -> tuple[list[_Slice], Counter]:
-    "Slices of all readable files, and how many files of which kind were skipped."
+# %% ../nbs/02_dicom.ipynb #e294e3cd
+def _locked(error: OSError):
+    "Refuse a folder that cannot be listed."
+    refuse("folder", f"{error.filename}, which cannot be opened ({error.strerror})", "a folder that can be read",
+           "change its permissions")
+
+
+def _was_dicom(path: Path, endings: set[str]) -> bool:
+    "True if an unreadable file was meant to be DICOM, by its first bytes or its ending, or will not say."
+    try:
+        with open(path, "rb") as file:
+            signed = file.read(132)[128:] == b"DICM"
+    except OSError:
+        return True
+    return signed or (_kind_of_name(path) in endings and not path.name.startswith(".") and path.name.upper() != "DICOMDIR")
+
+
+def _kind_of_name(path: Path) -> str:
+    "Ending of a file name; the last number of a UID is none."
+    return "" if path.suffix[1:].isdigit() else path.suffix.lower()
+
+# %% ../nbs/02_dicom.ipynb #1b8d4996
+def _scan(paths: list[Path]) -> tuple[list[_Slice], list[tuple], Counter]:
+    "Slices of all files, what is no slice as (path, SeriesInstanceUID, SOPClassUID), and how much was skipped."
     import pydicom
 
-    slices, skipped = [], Counter()
+    slices, others, unread = [], [], []
     for path in paths:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # pydicom's remarks on values that break a rule but can be read
-                found = _slices(path, pydicom.dcmread(path, stop_before_pixels=True))
+                dataset = pydicom.dcmread(path, stop_before_pixels=True)
+                found = _slices(path, dataset)
+                scout = "LOCALIZER" in str(dataset.get("ImageType", "")).upper()
+                other = (path, str(dataset.get("SeriesInstanceUID", "")), "" if scout else str(dataset.get("SOPClassUID", "")))
         except InputError:
             raise
         except Exception:  # a stray file of any content, or a header that says nothing usable
-            skipped["not DICOM or unreadable"] += 1
+            unread.append(path)
             continue
         slices += found
-        skipped["without a place in the patient"] += not found
-    return slices, +skipped
+        others += [] if found else [other]
+    endings = {".dcm"} | {_kind_of_name(s.path) for s in slices}
+    _refuse_lost([path for path in unread if _was_dicom(path, endings)], "cannot be read")
+    return slices, others, +Counter({"not DICOM or unreadable": len(unread), "without a place in the patient": len(others)})
+
+# %% ../nbs/02_dicom.ipynb #f42c9a1f
+def _refuse_lost(lost: list[Path], why: str):
+    "Refuse files that may have been slices of the series."
+    if lost:
+        refuse("folder", f"{len(lost)} DICOM file{'s' * (len(lost) > 1)} that {why}, the first {lost[0].name}",
+               "a folder whose DICOM files are all complete", "remove or restore them")
+
+
+def _check_others(others: list[tuple], slices: list[_Slice]):
+    "Refuse files without a place that belong to the series, or may have before they were cut short."
+    series, kinds = {"", slices[0].meta["series_uid"]}, {s.kind for s in slices}
+    directory = "1.2.840.10008.1.3.10"  # SOPClassUID of a DICOMDIR, which belongs to no series
+    lost = [path for path, uid, kind in others if path.name.upper() != "DICOMDIR" and kind != directory
+            and (uid in series or kind in kinds)]
+    _refuse_lost(lost, "have no place in the patient but seem to belong to the series")
 
 # %% ../nbs/02_dicom.ipynb #7118b7a1
 def _one_series(slices: list[_Slice], series: str | None, folder: Path, skipped: Counter) -> list[_Slice]:
@@ -130,10 +198,14 @@ def _one_series(slices: list[_Slice], series: str | None, folder: Path, skipped:
         refuse("series", describe(series), f"one of {listed}", "copy the SeriesInstanceUID of the series you want")
     return [s for s in slices if series in (None, s.meta["series_uid"])]
 
-# %% ../nbs/02_dicom.ipynb #4cf28963
+# %% ../nbs/02_dicom.ipynb #fb70b8e9
 def _same_plane(slices: list[_Slice]):
-    "Refuse slices of different size, pixel spacing or orientation, or without a usable one."
+    "Refuse slices of different modality, size, pixel spacing or orientation, or without a usable one."
     first = slices[0]
+    modalities = sorted({s.meta.get("modality", "none") for s in slices})
+    if len(modalities) > 1:
+        refuse("folder", f"a series with slices of Modality {' and '.join(modalities)}", "one Modality in a series",
+               "separate the files that do not belong")
     for name, tolerance in (("shape", 0), ("spacing", 1e-4), ("orientation", 1e-3)):
         value = np.asarray(getattr(first, name), float)
         odd = [s for s in slices if not np.allclose(getattr(s, name), value, rtol=0, atol=tolerance)]
@@ -141,19 +213,18 @@ def _same_plane(slices: list[_Slice]):
             refuse("folder", f"slices of different {name}: {value.round(4).tolist()} in {first.path.name} but "
                    f"{np.round(getattr(odd[0], name), 4).tolist()} in {odd[0].path.name}", f"one {name} in a series",
                    "separate the files that do not belong")
-    numbers = np.concatenate([np.ravel(s.position) for s in slices] + [np.ravel(first.orientation)])
-    if not np.isfinite(numbers).all() or np.linalg.norm(np.cross(*first.orientation)) < 0.999:
-        refuse("folder", f"orientation {first.orientation.round(4).tolist()}", "two perpendicular unit vectors and "
-               "finite positions", "export the series again: its header is damaged")
+    if np.linalg.norm(np.cross(*first.orientation)) < 0.999:
+        refuse("folder", f"orientation {first.orientation.round(4).tolist()}", "two perpendicular unit vectors",
+               "export the series again: its header is damaged")
 
-# %% ../nbs/02_dicom.ipynb #20f2e4e4
+# %% ../nbs/02_dicom.ipynb #3bcd58e9
 def _stack(slices: list[_Slice]) -> tuple[list[_Slice], float]:
     "Slices in order along their normal, and the distance between them in mm."
     normal = np.cross(*slices[0].orientation)
     slices = sorted(slices, key=lambda s: s.position @ normal)
     at = np.array([s.position @ normal for s in slices])
-    if len(slices) == 1 and "slice_thickness" not in slices[0].meta:
-        refuse("folder", "a single slice without SliceThickness", "a series, or a slice of known thickness", "fetch the others")
+    if len(slices) == 1 and not slices[0].meta.get("slice_thickness", 0) > 0:
+        refuse("folder", "a single slice without a positive SliceThickness", "a series, or a slice of known thickness", "fetch the others")
     if len(slices) == 1:
         return slices, float(slices[0].meta["slice_thickness"])
     _check_gaps(slices, at)
@@ -206,7 +277,7 @@ def _pixels(s: _Slice) -> np.ndarray:
                "export the series as single or enhanced multi-frame images")
     return pixels.astype(float)
 
-# %% ../nbs/02_dicom.ipynb #cc26a7cd
+# %% ../nbs/02_dicom.ipynb #eaa48789
 def read_dicom(
     folder: str | Path,  # folder with one series (searched with all its subfolders), or one enhanced multi-frame file
     series: str | None = None,  # the SeriesInstanceUID to read where there are several
@@ -215,8 +286,9 @@ def read_dicom(
     folder = Path(folder)
     if not folder.exists():
         refuse("folder", f"{folder}, which does not exist", "an existing folder", "check the spelling")
-    slices, skipped = _scan(_files(folder) if folder.is_dir() else [folder])
+    slices, others, skipped = _scan(_files(folder) if folder.is_dir() else [folder])
     slices = _one_series(slices, series, folder, skipped)
+    _check_others(others, slices)
     _same_plane(slices)
     slices, distance = _stack(slices)
     first = slices[0]

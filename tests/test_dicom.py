@@ -163,7 +163,12 @@ def test_scouts_reports_and_strays_are_skipped_and_counted(tmp_path):
     stored = series(tmp_path)
     save(dataset(np.zeros((5, 6)), (0, 0, 0), np.eye(3)[[2, 0, 1]], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
          tmp_path / "scout.dcm")
-    report = dataset(np.zeros((5, 6)), (0, 0, 0))
+    with pytest.raises(InputError, match="scout.dcm"):  # of the same series
+        read_dicom(tmp_path)
+    scout = pydicom.dcmread(tmp_path / "scout.dcm")
+    scout.SeriesInstanceUID = "1.2.4"
+    save(scout, tmp_path / "scout.dcm")
+    report = dataset(np.zeros((5, 6)), (0, 0, 0), uid="1.2.5", SOPClassUID=pydicom.uid.BasicTextSRStorage)
     del report.ImagePositionPatient, report.PixelData
     save(report, tmp_path / "report.dcm")
     (tmp_path / "DICOMDIR").write_bytes(b"not really")
@@ -268,4 +273,79 @@ def test_plain_multi_frame_is_refused(tmp_path):
     ds = dataset(stored[0], (0, 0, 0), NumberOfFrames=3, PixelData=stored.astype(np.int16).tobytes())
     save(ds, tmp_path / "1.dcm")
     with pytest.raises(InputError, match="multi-frame"):
+        read_dicom(tmp_path)
+
+
+def damaged(path, ds, damage):
+    "Damage the file of one slice, or take its place in the patient away."
+    data = path.read_bytes()
+    if damage == "no position":
+        del ds.ImagePositionPatient
+        save(ds, path)
+    else:
+        place = data.index(b"\x20\x00\x0e\x00")  # the tag of SeriesInstanceUID
+        path.write_bytes({"empty": b"", "overwritten": b"\xff" * len(data), "cut header": data[: place + 10],
+                          "cut early": data[:150], "cut position": data[: data.index(b"\x20\x00\x32\x00") + 12]}[damage])
+
+
+DAMAGE = ["empty", "overwritten", "cut header", "cut early", "cut position", "no position"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("ending", [".dcm", "", ".1"])
+def test_a_lost_end_slice_is_refused(tmp_path, damage, ending):
+    # At an end of the series a missing slice leaves no gap, so the file itself has to be noticed.
+    for k in range(5):
+        ds = dataset(np.full((5, 6), k), (0, 0, 2.5 * k))
+        save(ds, tmp_path / f"slice{k}{ending}")
+    assert read_dicom(tmp_path).shape == (5, 5, 6)
+    damaged(tmp_path / f"slice4{ending}", ds, damage)
+    with pytest.raises(InputError, match=f"1 DICOM file that .*slice4{ending}.*remove or restore"):
+        read_dicom(tmp_path)
+
+
+def test_locked_files_and_folders_are_refused(tmp_path, monkeypatch):
+    series(tmp_path)
+    locked, plain = tmp_path / "000.dcm", open
+
+    def no_entry(name, *args, **kwargs):
+        if str(name) == str(locked):
+            raise PermissionError(13, "Permission denied", str(name))
+        return plain(name, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", no_entry)
+    with pytest.raises(InputError, match="000.dcm"):
+        read_dicom(tmp_path)
+    locked, scandir = tmp_path / "inner", os.scandir
+    locked.mkdir()
+
+    def no_listing(name):
+        if str(name) == str(locked):
+            raise PermissionError(13, "Permission denied", str(name))
+        return scandir(name)
+
+    monkeypatch.setattr("os.scandir", no_listing)
+    with pytest.raises(InputError, match="inner, which cannot be opened"):
+        read_dicom(tmp_path)
+
+
+@pytest.mark.parametrize("tag, text", [
+    ("ImagePositionPatient", r"0\0"), ("ImagePositionPatient", r"0\0\nan"), ("PixelSpacing", "0.7"),
+    ("PixelSpacing", r"0.7\-0.7"), ("PixelSpacing", r"0.7\abc"), ("RescaleSlope", "nan"), ("RescaleSlope", "0"),
+    ("RescaleIntercept", "inf"), ("SliceThickness", "thin"), ("ImageOrientationPatient", r"1\0\0")])
+def test_bad_header_numbers_are_refused_by_tag(tmp_path, tag, text):
+    series(tmp_path)
+    ds = pydicom.dcmread(tmp_path / "002.dcm")
+    number = pydicom.datadict.tag_for_keyword(tag)
+    ds[number] = pydicom.dataelem.RawDataElement(pydicom.tag.Tag(number), "DS", len(text), text.encode(), 0, False, True)
+    ds.save_as(tmp_path / "002.dcm", enforce_file_format=True)
+    with pytest.raises(InputError, match=f"002.dcm with {tag} ") as refusal:
+        read_dicom(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_mixed_modality_is_refused(tmp_path):
+    series(tmp_path)
+    save(dataset(np.zeros((5, 6)), (-20, -30, 22), Modality="PT"), tmp_path / "odd.dcm")
+    with pytest.raises(InputError, match="Modality CT and PT"):
         read_dicom(tmp_path)
