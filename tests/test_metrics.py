@@ -222,6 +222,14 @@ def test_isotropic_spacing_differs_from_voxel_units_by_a_constant_only():
     assert np.isclose(grad(alpha, truth, spacing=(1, 1)), ratio[0, 0] ** 2 * grad(alpha, truth))
 
 
+@pytest.mark.parametrize("spacing, sigma", [((10, 0.15, 0.15), 0.21), ((1, 1, 1), 1e-9)])
+def test_a_filter_far_narrower_than_a_voxel_is_a_central_difference(spacing, sigma):
+    ramp = np.arange(7.0)[:, None, None] ** 2 * np.ones((1, 9, 9))
+    inside = gradient_magnitude(ramp, sigma, spacing)[1:-1]
+    assert np.allclose(inside, 2 * np.arange(1, 6)[:, None, None] / spacing[0])
+    assert np.isfinite(score(ramp / 36, ramp[::-1] / 36, spacing=spacing, sigma_mm=sigma)["grad"])
+
+
 def test_axis_order_follows_the_array():
     alpha, truth = RNG.random((2, 5, 7, 9))
     turn = lambda a: np.moveaxis(a, 0, 2)
@@ -392,7 +400,8 @@ def test_bad_input_is_refused(arguments, more, words):
         score(*arguments, **{"protocol": "region-aware-2d", **more})
 
 
-@pytest.mark.parametrize("more", [dict(connectivity=4), dict(sigma_mm=0), dict(sigma_mm=np.nan), dict(spacing=(1, 1))])
+@pytest.mark.parametrize("more", [dict(connectivity=4), dict(sigma_mm=0), dict(sigma_mm=np.nan), dict(spacing=(1, 1)),
+                                  dict(connectivity=[4]), dict(sigma_mm="x"), dict(sigma_mm=np.inf), dict(protocol=["x"])])
 def test_bad_settings_of_volumes_are_refused(more):
     with pytest.raises(InputError, match=next(iter(more))):
         score(*RNG.random((2, 4, 5, 6)), **more)
@@ -408,6 +417,17 @@ def test_volumes_on_different_grids_are_refused(other):
             score(*volumes)
     with pytest.raises(InputError, match="trimap: .*mm away"):
         score(here, here.array, there)
+
+
+@pytest.mark.parametrize("more", [dict(sigma=0), dict(sigma="x"), dict(sigma=np.inf), dict(spacing=(1, -1)), dict(spacing=(1,))])
+def test_bad_settings_of_the_gradient_are_refused(more):
+    with pytest.raises(InputError, match=next(iter(more))):
+        grad(FLAT, FLAT, **more)
+
+
+@pytest.mark.parametrize("dtype, top", [(">u2", 65535), ("<u2", 65535), (">u1", 255)])
+def test_byte_order_does_not_matter(dtype, top):
+    assert sad(np.full((2, 3), top, dtype), np.ones((2, 3))) == 0
 
 
 def test_other_greys_in_a_trimap_are_for_one_protocol_only():
