@@ -6,10 +6,11 @@
 __all__ = ['BACKGROUND', 'UNKNOWN', 'FOREGROUND', 'check_trimap', 'Core', 'TrimapInfo', 'trimap_from_raters', 'trimap_from_mask',
            'clean_trimap', 'trimap_from_file']
 
-# %% ../nbs/04_trimaps.ipynb #6c1ddb52
+# %% ../nbs/04_trimaps.ipynb #94af6022
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +99,18 @@ def _check_complete(counts: dict[str, int]):
             present = ", ".join(f"{count} {other}" for other, count in counts.items() if count)
             refuse("trimap", f"no {name} voxel ({present})", "at least one voxel of each of the three classes", fix)
 
-# %% ../nbs/04_trimaps.ipynb #fb5931b9
+# %% ../nbs/04_trimaps.ipynb #ed3c6224
 def _masks(masks) -> np.ndarray:
     "Raters' masks as one bool array (R, ...)."
-    if isinstance(masks, Volume) or getattr(masks, "ndim", 3) not in (3, 4) or not len(masks):
+    several = isinstance(masks, (np.ndarray, Sequence)) and getattr(masks, "ndim", 3) in (3, 4) and len(masks)
+    if not several:
         refuse("masks", "a Volume" if isinstance(masks, Volume) else describe(masks),
                "a list of masks, or an array (R, H, W) or (R, D, H, W)", "a single mask goes through trimap_from_mask")
     shapes = {np.shape(mask) for mask in masks}
     if len(shapes) > 1:
         refuse("masks", f"different shapes {sorted(shapes)}", "masks of one shape", "resample them to one grid")
+    if any(getattr(mask, "channels", False) for mask in masks):
+        refuse("masks", "a Volume with channels", "masks without channels", "take one channel, for example array[..., 0]")
     binary = np.stack([_binary(f"masks[{i}]", np.asarray(mask)) for i, mask in enumerate(masks)])
     if binary.ndim not in (3, 4) or not binary.size:
         refuse("masks", f"masks of shape {binary.shape[1:]}", "masks of shape (H, W) or (D, H, W)", "add or drop axes")
@@ -231,10 +235,10 @@ def trimap_from_raters(
     info = TrimapInfo(dilate, erode, size, len(binary), _count(narrow), after, cores)
     return (result, info) if return_info else result
 
-# %% ../nbs/04_trimaps.ipynb #4ad8ecd4
+# %% ../nbs/04_trimaps.ipynb #52b1d08d
 def _width(name: str, value: float) -> float:
     "A width in mm: finite and not negative."
-    if not np.isscalar(value) or isinstance(value, (str, bool)) or not np.isfinite(value) or value < 0:
+    if not isinstance(value, Real) or isinstance(value, bool) or not np.isfinite(value) or value < 0:
         refuse(name, describe(value), "a finite width in mm, 0 or more", "give for example 1.0")
     return float(value)
 
@@ -267,7 +271,7 @@ def trimap_from_mask(
     "A band of unknown voxels on both sides of the outline of a mask."
     return trimap_from_raters([mask], _width("band_mm", band_mm), None, spacing, vanishing, return_info)
 
-# %% ../nbs/04_trimaps.ipynb #efbb9b4a
+# %% ../nbs/04_trimaps.ipynb #1d5917e9
 def clean_trimap(
     array: np.ndarray | Volume,  # (H, W) or (D, H, W), integers 0..255, or any form that check_trimap accepts
     known: str | tuple[int, int] = "exact",  # "exact": only 0 and 255; or (highest background, lowest foreground) grey
@@ -295,7 +299,8 @@ def _known(known) -> tuple[int, int]:
     "Highest grey that is background and lowest grey that is foreground."
     if isinstance(known, str) and known == "exact":
         return 0, 255
-    if not isinstance(known, str) and len(known) == 2 and 0 <= known[0] < 128 < known[1] <= 255:
+    pair = isinstance(known, (tuple, list)) and len(known) == 2 and all(isinstance(grey, Real) for grey in known)
+    if pair and 0 <= known[0] < 128 < known[1] <= 255:
         return tuple(known)
     refuse("known", describe(known), "'exact' or two greys (low, high) with 0 <= low < 128 < high <= 255",
            "give for example known=(25, 230)")

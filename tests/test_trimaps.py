@@ -234,6 +234,11 @@ def test_masks_may_be_binary_of_any_type(dtype, top):
     ([two_cores()], dict(spacing=(1, 1, 1)), "spacing"),
     ([two_cores()], dict(vanishing="drop"), "vanishing"),
     ([], {}, "masks"),
+    (None, {}, "masks: got None"),
+    (3, {}, "masks: got 3"),
+    (iter([two_cores()]), {}, "masks: got <"),
+    ([Volume(np.stack([two_cores()] * 3, -1), channels=True)], {}, "masks: got a Volume with channels"),
+    ([two_cores()], dict(dilate_mm=1j), "dilate_mm"),
     (two_cores(), {}, "trimap_from_mask"),
     (Volume(two_cores()), {}, "trimap_from_mask"),
     ([Volume(two_cores(), 1.0), Volume(two_cores(), 2.0)], {}, "voxel sizes"),
@@ -278,7 +283,7 @@ def test_a_clean_trimap_passes_without_warning():
 
 @pytest.mark.parametrize("bad, more", [
     (GREYS // 100, {}), (GREYS > 100, {}), (GREYS.astype(float), {}), (GREYS, dict(known=(200, 100))),
-    (GREYS, dict(known="loose")), (np.minimum(GREYS, 200), {}),
+    (GREYS, dict(known="loose")), (GREYS, dict(known=None)), (GREYS, dict(known=("a", 3))), (np.minimum(GREYS, 200), {}),
 ])
 def test_what_is_no_grey_trimap_is_refused(bad, more):
     with pytest.raises(InputError):
