@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['InputError', 'refuse', 'describe', 'check_finite', 'check_spacing', 'atomic_path', 'WriteError']
 
-# %% ../nbs/00_checks.ipynb #c2d2b398
+# %% ../nbs/00_checks.ipynb #8b004723
 import os
+import stat
 import tempfile
 from contextlib import contextmanager
 from numbers import Real
@@ -57,7 +58,7 @@ def check_finite(
     refuse(name, f"{int(bad.sum())} NaN or infinite values, the first at index {first}", "finite numbers",
            "replace them, for example with the value of air or of the image border")
 
-# %% ../nbs/00_checks.ipynb #65069976
+# %% ../nbs/00_checks.ipynb #cb174807
 def check_spacing(
     spacing,  # None, one number for all axes, or one number for each axis, in mm
     ndim: int,  # number of spatial axes, 2 or 3
@@ -65,14 +66,15 @@ def check_spacing(
     "Validated voxel spacing in array-axis order; `None` means 1 mm."
     if spacing is None:
         return (1.0,) * ndim
-    values = (spacing,) * ndim if isinstance(spacing, Real) else tuple(spacing)
+    single = isinstance(spacing, Real) or not np.iterable(spacing)  # a 0-d array is neither
+    values = (spacing,) * ndim if single else tuple(spacing)
     good = len(values) == ndim and all(isinstance(v, Real) and np.isfinite(v) and v > 0 for v in values)
     if not good:
         refuse("spacing", describe(spacing), f"{ndim} positive numbers in mm, in the order of the array axes",
                "give the voxel size of the image, for example spacing=(2.5, 0.7, 0.7) for (z, y, x)")
     return tuple(float(v) for v in values)
 
-# %% ../nbs/00_checks.ipynb #65ef1403
+# %% ../nbs/00_checks.ipynb #3289a01c
 def _suffix(path: Path) -> str:
     "File ending that decides the format, `.nii.gz` kept whole."
     return ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
@@ -86,6 +88,7 @@ def atomic_path(
     path = Path(path)
     temporary = None
     try:
+        path = path.resolve() if path.is_symlink() else path  # a link stays, its target is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=_suffix(path), dir=path.parent)
         os.close(handle)
@@ -100,16 +103,16 @@ def atomic_path(
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_checks.ipynb #ddb6484a
+# %% ../nbs/00_checks.ipynb #00a1289b
 class WriteError(OSError):
     "A file could not be written; whatever stood at its place before still stands there."
 
 
 def _settle(temporary: Path, path: Path):
-    "Flush to disk, give the file ordinary permissions, and rename."
+    "Flush to disk, give the file the permissions of the one it replaces (ordinary ones if none), and rename."
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     mask = os.umask(0)
     os.umask(mask)
-    temporary.chmod(0o666 & ~mask)
+    temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~mask)
     os.replace(temporary, path)

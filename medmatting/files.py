@@ -116,7 +116,7 @@ def _from_affine(path: Path, array: np.ndarray, affine: np.ndarray, unit: str) -
     return Volume(values.astype(values.dtype.newbyteorder("="), copy=False), tuple(spacing), tuple(affine[:n, 3]),
                   matrix / spacing, unit, colour, {"file": path.name})
 
-# %% ../nbs/03_files.ipynb #99f996fb
+# %% ../nbs/03_files.ipynb #b93aeed1
 def _storable(array: np.ndarray) -> np.ndarray:
     "Array in a type that every volume format has: masks as uint8, half precision as float32."
     return array.astype(np.uint8 if array.dtype.kind == "b" else np.float32) if array.dtype in (bool, np.float16) else array
@@ -126,9 +126,14 @@ def _write_nifti(path: Path, volume: Volume):
     "Write NIfTI-1 with qform and sform set; colour as a vector image."
     import nibabel
 
-    n = volume.ndim
+    n, note = volume.ndim, f"unit={volume.unit}"
     if volume.channels and n == 2:
         refuse("volume", describe(volume.array), "a volume or a grey image for NIfTI", "write .png, .nrrd or .npz")
+    if max(volume.array.shape) > 32767:
+        refuse("volume", describe(volume.array), "at most 32767 voxels along an axis for NIfTI", "write .nrrd or .npz")
+    if not note.isascii() or len(note) > 80:
+        refuse("volume", f"unit {volume.unit!r}", "an ASCII unit of at most 75 characters for NIfTI",
+               "write .nrrd or .npz, or a shorter unit")
     affine = np.eye(4)
     affine[:n, :n] = (volume.direction * volume.spacing)[:, ::-1]
     affine[:n, 3] = volume.origin
@@ -139,7 +144,7 @@ def _write_nifti(path: Path, volume: Volume):
     image.set_qform(affine, 1)
     image.header.set_xyzt_units("mm")
     image.header.set_intent("vector" if volume.channels else "none")
-    image.header["descrip"] = f"unit={volume.unit}"
+    image.header["descrip"] = note
     with atomic_path(path) as temporary:
         nibabel.save(image, temporary)
 
@@ -277,7 +282,7 @@ def _read_deep(path: Path) -> Volume:
         refuse("path", f"{path} with transparent pixels", "an opaque image", "flatten it first")
     return Volume(array[..., :3], channels=True, meta={"file": path.name})
 
-# %% ../nbs/03_files.ipynb #acfc8af6
+# %% ../nbs/03_files.ipynb #114f9146
 PLACE = ("spacing", "spacing_mm_zyx", "origin", "direction", "unit", "channels")  # .npz entries beside the image
 
 
@@ -296,8 +301,14 @@ def _read_numpy(path: Path, key: str | None, channels: bool | None) -> Volume:
         refuse("path", f"{path} with {describe(array)}", "an array of whole or real numbers", "convert it first")
     channels = place.pop("channels", None) if channels is None else channels
     place.setdefault("spacing", place.pop("spacing_mm_zyx", None))
-    return Volume(array.astype(array.dtype.newbyteorder("=")), **place, channels=_colour(path, array, channels),
-                  meta={"file": path.name})
+    if channels not in (None, False, True):
+        refuse("path", f"{path} with the entry channels = {describe(channels)}", "True or False", "repair that entry")
+    colour = _colour(path, array, channels)
+    try:
+        return Volume(array.astype(array.dtype.newbyteorder("=")), **place, channels=colour, meta={"file": path.name})
+    except InputError as error:
+        refuse("path", f"{path} with a bad entry ({str(error).split(';')[0]})", "an image and its place",
+               f"repair the entries {', '.join(name for name in place if place[name] is not None) or 'of that file'}")
 
 # %% ../nbs/03_files.ipynb #32b869b1
 def _npz_key(path: Path, names: list[str], key: str | None) -> str:
@@ -317,7 +328,7 @@ def _colour(path: Path, array: np.ndarray, channels: bool | None) -> bool:
                "say whether the last axis is colour")
     return array.ndim == 4 if channels is None else bool(channels)
 
-# %% ../nbs/03_files.ipynb #38d19d65
+# %% ../nbs/03_files.ipynb #22f691fd
 def read(
     path: str | Path,  # file, or folder with one DICOM series
     *,
@@ -328,9 +339,12 @@ def read(
     series: str | None = None,  # DICOM only: the SeriesInstanceUID to read where there are several
 ) -> Volume:  # the image on its grid, values as stored (after rescaling); NaN is kept, solvers refuse it
     "Read an image: NIfTI, NRRD, MetaImage, a DICOM folder, PNG, TIFF, JPEG or NumPy."
+    if not isinstance(path, (str, os.PathLike)):
+        refuse("path", describe(path), "the name of a file or folder", "pass a str or Path")
     path = Path(path)
-    ending = "" if path.is_dir() else _ending(path)
-    _check_path(path, ending)
+    with _reachable(path):
+        ending = "" if path.is_dir() else _ending(path)
+        _check_path(path, ending)
     for name, value, endings in (("key", key, (".npz",)), ("channels", channels, NUMPY), ("series", series, ("", ".dcm"))):
         if value is not None and ending not in endings:
             refuse(name, describe(value), f"no {name} for {path.name}", "leave it out")
@@ -343,6 +357,18 @@ def read(
     changes = {"spacing": spacing, "unit": unit}
     return replace(volume, **{name: value for name, value in changes.items() if value is not None})
 
+# %% ../nbs/03_files.ipynb #32b935ef
+@contextmanager
+def _reachable(path: Path):
+    "Turn what the system says about a name it will not look at (locked, too long, a zero byte) into a refusal."
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        refuse("path", f"{path!s:.200}, which cannot be opened ({getattr(error, 'strerror', None) or error})",
+               "a file or folder that can be read", "check its name and its permissions")
+
 # %% ../nbs/03_files.ipynb #ca5eb567
 def _check_path(path: Path, ending: str):
     "Refuse a path that is missing, empty, or of no known format."
@@ -354,7 +380,7 @@ def _check_path(path: Path, ending: str):
         refuse("path", f"{path}, whose name ends in {ending or 'nothing'!r}",
                f"{', '.join((*MEDICAL, *PICTURES, *NUMPY))}, or a folder of DICOM files", "convert or rename it")
 
-# %% ../nbs/03_files.ipynb #7e331ab5
+# %% ../nbs/03_files.ipynb #89375a11
 def write(
     path: str | Path,  # .nii, .nii.gz, .nrrd, .mha, .png, .tif, .npy or .npz; folders are made
     volume,  # a Volume, or an array on the grid of `like`
@@ -368,15 +394,22 @@ def write(
     if ending not in WRITABLE or not path.name.endswith(ending):
         refuse("path", str(path), f"a name in lower case that ends in {', '.join(WRITABLE)}",
                "choose a format of one file without loss")
-    volume = _placed(volume, like, ending)
-    if volume.array.dtype.kind not in "biuf":
-        refuse("volume", describe(volume.array), "whole or real numbers", "convert the array first")
+    volume = _native(_placed(volume, like, ending))
     if ending in PICTURES:
         _write_picture(path, volume, bits)
     else:
         writer = {".nii": _write_nifti, ".nii.gz": _write_nifti, ".npy": _write_numpy, ".npz": _write_numpy}
         writer.get(ending, _write_itk)(path, volume)
     return path
+
+# %% ../nbs/03_files.ipynb #1694ec52
+def _native(volume: Volume) -> Volume:
+    "The volume in the byte order of this machine, which some writers take for granted."
+    dtype = volume.array.dtype
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        refuse("volume", describe(volume.array), "whole or real numbers of at most 64 bits",
+               "convert the array first, for example with astype(np.float32)")
+    return volume.with_array(volume.array.astype(dtype.newbyteorder("="), copy=False))
 
 # %% ../nbs/03_files.ipynb #05283676
 def _placed(volume, like: Volume | None, ending: str) -> Volume:
@@ -412,7 +445,7 @@ def _write_itk(path: Path, volume: Volume):
         if not complete:
             raise OSError("what was written reads back differently")
 
-# %% ../nbs/03_files.ipynb #afe803b5
+# %% ../nbs/03_files.ipynb #6dbdb3f0
 def _to_picture(array: np.ndarray, ending: str, bits: int) -> np.ndarray:
     "Array as uint8 or uint16 (float32 for TIFF)."
     if bits not in (8, 16):
@@ -424,7 +457,7 @@ def _to_picture(array: np.ndarray, ending: str, bits: int) -> np.ndarray:
     if array.dtype.kind == "f":
         if check_finite("volume", array).min() < 0 or array.max() > 1:
             refuse("volume", describe(array), "a matte in [0, 1] for PNG", "scale it, or write .nrrd, .nii.gz or .npz")
-        return np.round(array * float(2**bits - 1)).astype(f"uint{bits}")
+        return np.round(array.astype(float) * (2**bits - 1)).astype(f"uint{bits}")
     if array.dtype not in (np.uint8, np.uint16):
         refuse("volume", describe(array), "uint8, uint16, bool or float for pictures", "write .nrrd, .nii.gz or .npz")
     return array

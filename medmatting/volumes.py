@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from .checks import InputError, check_spacing, describe, refuse
 
-# %% ../nbs/01_volumes.ipynb #d171b89a
+# %% ../nbs/01_volumes.ipynb #b3bfa4c1
 @dataclass(frozen=True, eq=False, repr=False)
 class Volume:
     "An image on a regular grid in patient space."
@@ -34,13 +34,14 @@ class Volume:
             refuse("array", describe(array), "a non-empty (H, W) or (D, H, W), plus channels",
                    "add or drop axes; colour images need channels=True")
         set_ = lambda name, value: object.__setattr__(self, name, value)
+        if array.dtype.kind not in "biufc":
+            refuse("array", describe(array), "numbers or bool", "convert it first, for example with astype(np.float32)")
+        if not isinstance(self.unit, str):
+            refuse("unit", describe(self.unit), 'text, for example "HU"', 'leave it out where the unit is not known')
         set_("array", array)
         set_("spacing", check_spacing(self.spacing, ndim))
-        set_("origin", (0.0,) * ndim if self.origin is None else tuple(float(v) for v in self.origin))
-        set_("direction", _axes(ndim) if self.direction is None else np.asarray(self.direction, float))
-        if len(self.origin) != ndim or self.direction.shape != (ndim, ndim):
-            refuse("origin, direction", f"{len(self.origin)} and {self.direction.shape}",
-                   f"{ndim} numbers and a {ndim} x {ndim} matrix", "match them to the number of spatial axes")
+        set_("origin", (0.0,) * ndim if self.origin is None else tuple(_numeric("origin", self.origin, (ndim,)).tolist()))
+        set_("direction", _axes(ndim) if self.direction is None else _numeric("direction", self.direction, (ndim, ndim)))
         _check_place(self.origin, self.direction)
 
     @property
@@ -68,6 +69,18 @@ class Volume:
 def _axes(ndim: int) -> np.ndarray:
     "Direction of an axis-aligned grid: the last array axis runs along patient x, the first along z (y in 2D)."
     return np.eye(ndim)[::-1].copy()
+
+
+def _numeric(argument: str, value, shape: tuple[int, ...]) -> np.ndarray:
+    "The value as floats of that shape, or a refusal."
+    try:
+        array = np.asarray(value)
+        good = array.shape == shape and array.dtype.kind in "iuf"
+    except ValueError:  # lists of unequal length
+        good = False
+    if not good:
+        refuse(argument, describe(value), f"{' x '.join(map(str, shape))} numbers", "match it to the number of spatial axes")
+    return array.astype(float)
 
 
 def _check_place(origin: tuple, direction: np.ndarray):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from medmatting.checks import InputError, WriteError
+from medmatting.checks import InputError, WriteError, check_spacing
 from medmatting.files import read, write
 from medmatting.volumes import Volume, check_same_grid, positions
 
@@ -512,3 +512,71 @@ def test_every_writer_notices_a_disk_that_takes_no_more(tmp_path):
     assert run.stdout.split() == [w for e in (".nii", ".nii.gz", ".nrrd", ".mha", ".npy", ".npz", ".tif", ".png")
                                   for w in (e, "refused")]
     assert not list(tmp_path.iterdir()) and run.stderr == ""
+
+
+@pytest.mark.parametrize("ending", [*VOLUMES, ".npz", ".npy", ".tif", ".png"])
+@pytest.mark.parametrize("dtype", [">u2", ">f4"])
+def test_big_endian_arrays_keep_their_values(tmp_path, ending, dtype):
+    array = np.array([[0, 0.25, 1]] if dtype == ">f4" else [[0, 258, 65535]], dtype)
+    array = array if ending in (".tif", ".png", ".npy") else array[None]
+    back = read(write(tmp_path / f"a{ending}", array if ending == ".npy" else Volume(array)))
+    truth = np.round(array * 255.0) if dtype == ">f4" and ending == ".png" else array
+    assert np.array_equal(back.array, truth) and back.array.dtype.isnative
+
+
+def test_numbers_longer_than_64_bits_are_refused(tmp_path):
+    for ending in [*VOLUMES, ".npz", ".npy", ".tif", ".png"]:
+        with pytest.raises(InputError, match="volume: got a (longdouble|float128)"):
+            write(tmp_path / f"a{ending}", Volume(np.ones((3, 4), np.longdouble)))
+
+
+def test_half_precision_matte_in_sixteen_bits(tmp_path):
+    matte = np.array([[0, 0.5, 1]], np.float16)
+    assert np.array_equal(read(write(tmp_path / "a.png", matte, bits=16)).array, [[0, 32768, 65535]])
+
+
+@pytest.mark.parametrize("volume, words", [
+    (Volume(np.zeros((2, 1, 32768), np.uint8)), "32767"), (Volume(np.zeros((2, 2), np.uint8), unit="µg"), "ASCII"),
+    (Volume(np.zeros((2, 2), np.uint8), unit="x" * 76), "75 characters")])
+def test_what_nifti_cannot_hold_is_refused(tmp_path, volume, words):
+    with pytest.raises(InputError, match=words):
+        write(tmp_path / "a.nii.gz", volume)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("entry", [
+    dict(origin="here"), dict(origin=5.0), dict(origin=[1, 2]), dict(direction=1.0), dict(direction=["a", "b"]), dict(unit=7),
+    dict(unit=["HU"]), dict(spacing="wide"), dict(spacing=[[1, 2, 3]]), dict(channels=[1, 2]), dict(channels="yes")])
+def test_bad_npz_entries_are_refused(tmp_path, entry):
+    np.savez(tmp_path / "a.npz", array=np.zeros((5, 6, 7)), **entry)
+    with pytest.raises(InputError, match=f"a.npz.*{next(iter(entry))}"):
+        read(tmp_path / "a.npz")
+
+
+def test_names_that_lead_nowhere_are_refused(tmp_path, monkeypatch):
+    for name in (None, 3, "a\0b.nii", "x" * 5000 + ".nii"):
+        with pytest.raises(InputError, match="path"):
+            read(name)
+
+    def locked(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.stat", locked)
+    with pytest.raises(InputError, match="Permission denied"):
+        read(tmp_path / "a.nii")
+
+
+def test_an_existing_file_keeps_its_mode_and_its_link(tmp_path):
+    path = write(tmp_path / "a.nii.gz", scan())
+    path.chmod(0o640)
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(path)
+    write(link, Volume(np.ones((2, 3), np.uint8)))
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
+    assert read(path).shape == (2, 3) and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("spacing", [np.array(1.0), 1j, object(), (1j, 1, 1), np.ones((3, 1))])
+def test_odd_spacing_is_refused(spacing):
+    with pytest.raises(InputError, match="spacing"):
+        check_spacing(spacing, 3)

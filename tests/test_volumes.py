@@ -196,6 +196,10 @@ def test_nodule_larger_than_the_square_is_refused():
     (lambda v: Volume(v.array, direction=np.eye(3) + np.eye(3, k=1) * 0.2), "direction"),
     (lambda v: Volume(v.array, origin=(np.nan, 0, 0)), "origin"),
     (lambda v: Volume(v.array, spacing=(0, 1, 1)), "spacing"),
+    (lambda v: Volume(v.array, unit=3), "unit"), (lambda v: Volume(v.array, origin=2.0), "origin"),
+    (lambda v: Volume(v.array, origin=("a", "b", "c")), "origin"), (lambda v: Volume(v.array, direction="xyz"), "direction"),
+    (lambda v: Volume(v.array, direction=[[1], [1, 2]]), "direction"), (lambda v: Volume(v.array.astype(str)), "array"),
+    (lambda v: Volume(v.array.astype(object)), "array"),
     (lambda v: check_same_grid("trimap", Volume(v.array[1:]), v), "trimap"),
 ])
 def test_bad_input_is_refused_by_name(call, name):
