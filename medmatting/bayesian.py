@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['MIN_VARIANCE', 'MAX_CLUSTERS', 'MIN_CONTRAST', 'solve']
 
-# %% ../nbs/18_bayesian.ipynb #24d3d141
+# %% ../nbs/18_bayesian.ipynb #6931ca7d
 from collections.abc import Callable
 from math import exp, floor, sqrt
 from numbers import Real
 
 import numpy as np
-from numba import njit
 from scipy import ndimage
 
 from .checks import describe, refuse
+from .compiled import kernel
 from .energy import Problem, Solved
 from .linear import run_chunks, thread_count
 
-# %% ../nbs/18_bayesian.ipynb #8dfc8a42
-@njit(nogil=True, cache=True, error_model="numpy")
+# %% ../nbs/18_bayesian.ipynb #7142dcb6
+@kernel(exact=True)
 def _gather(y, x, share, colour, unknown, pitch, radius, reach, sigma, colours, weights):
     "Collect samples within `reach`; returns their number, the sum of their shares, and of the squares."
     count, total, squares = 0, 0.0, 0.0
@@ -40,12 +40,12 @@ def _gather(y, x, share, colour, unknown, pitch, radius, reach, sigma, colours, 
                 squares += part * part
     return count, total, squares
 
-# %% ../nbs/18_bayesian.ipynb #3df1719f
+# %% ../nbs/18_bayesian.ipynb #73b57293
 MIN_VARIANCE = 1e-5  # added to each variance, in squared units of the scaled image
 MAX_CLUSTERS = 8  # of one class
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel(exact=True)
 def _statistics(colours, weights, member, cluster, count, mean, covariance):
     "Weighted mean and covariance of one cluster."
     channels, total = colours.shape[1], 0.0
@@ -67,8 +67,8 @@ def _statistics(colours, weights, member, cluster, count, mean, covariance):
         for d in range(c + 1):
             covariance[c, d] = covariance[d, c] = covariance[c, d] / total + (MIN_VARIANCE if c == d else 0.0)
 
-# %% ../nbs/18_bayesian.ipynb #ce02ab0d
-@njit(nogil=True, cache=True, error_model="numpy")
+# %% ../nbs/18_bayesian.ipynb #0a4a928b
+@kernel(exact=True)
 def _leading_axis(covariance, matrix, vectors, axis):
     "Largest eigenvalue; writes its eigenvector, with its largest entry positive."
     n = len(covariance)
@@ -95,8 +95,8 @@ def _leading_axis(covariance, matrix, vectors, axis):
         axis *= -1
     return matrix[best, best]
 
-# %% ../nbs/18_bayesian.ipynb #9d3b9cc3
-@njit(nogil=True, cache=True, error_model="numpy")
+# %% ../nbs/18_bayesian.ipynb #2e730114
+@kernel(exact=True)
 def _cluster(colours, weights, count, limit, member, means, covariances):
     "Orchard-Bouman clusters of the samples; returns how many there are."
     channels, clusters = colours.shape[1], 1
@@ -121,11 +121,11 @@ def _cluster(colours, weights, count, limit, member, means, covariances):
         clusters += 1
     return clusters
 
-# %% ../nbs/18_bayesian.ipynb #09686d2d
+# %% ../nbs/18_bayesian.ipynb #253a979b
 MIN_CONTRAST = 1e-6  # colours closer than this are the same, image from 0 to 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel(exact=True)
 def _most_likely_colours(c, alpha, mean_f, cov_f, mean_b, cov_b, noise, f, b, matrix, miss, r):
     "F and B for a fixed alpha (Eq. 9); returns their log-likelihood and the step of alpha (Eq. 10)."
     n, beta = len(c), 1 - alpha
@@ -155,8 +155,8 @@ def _most_likely_colours(c, alpha, mean_f, cov_f, mean_b, cov_b, noise, f, b, ma
         length += (f[i] - b[i]) ** 2
     return likelihood, noise * slope / length if length > MIN_CONTRAST**2 else 0.0
 
-# %% ../nbs/18_bayesian.ipynb #cc70b686
-@njit(nogil=True, cache=True, error_model="numpy")
+# %% ../nbs/18_bayesian.ipynb #c8d8150b
+@kernel(exact=True)
 def _alternate(c, alpha, mean_f, cov_f, mean_b, cov_b, noise, rounds, tol, f, b, matrix, miss, r):
     "Alternate Eq. 9 and Eq. 10; returns alpha, its last change, the rounds used, and the log-likelihood."
     likelihood, step = _most_likely_colours(c, alpha, mean_f, cov_f, mean_b, cov_b, noise, f, b, matrix, miss, r)
@@ -167,8 +167,8 @@ def _alternate(c, alpha, mean_f, cov_f, mean_b, cov_b, noise, rounds, tol, f, b,
         likelihood, step = _most_likely_colours(c, alpha, mean_f, cov_f, mean_b, cov_b, noise, f, b, matrix, miss, r)
     return alpha, change, used, likelihood
 
-# %% ../nbs/18_bayesian.ipynb #cf05cf33
-@njit(nogil=True, cache=True, error_model="numpy")
+# %% ../nbs/18_bayesian.ipynb #8e2341da
+@kernel(exact=True)
 def _best_pair(c, start, clusters, means, covariances, noise, rounds, tol, result):
     "Alpha, its last change, rounds, F and B of the most likely pair of clusters, into `result`."
     n, best = len(c), -np.inf
@@ -183,8 +183,8 @@ def _best_pair(c, start, clusters, means, covariances, noise, rounds, tol, resul
                 result[0], result[1], result[2] = alpha, change, used
                 result[3:3 + n], result[3 + n:] = f, b
 
-# %% ../nbs/18_bayesian.ipynb #7d1abfa5
-@njit(nogil=True, cache=True, error_model="numpy")
+# %% ../nbs/18_bayesian.ipynb #efd5429e
+@kernel(exact=True)
 def _solve_pixels(first, last, pixels, image, share, colour, unknown, reach, capacity, pitch, radius, sigma,
                   min_samples, noise, cluster_variance, rounds, tol, result):
     "Solve some pixels of one layer, each on its own; nothing that they read is written."
