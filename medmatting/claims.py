@@ -181,7 +181,7 @@ def _read_measures(path: Path, profile: str, source: str) -> dict:
         refuse(source, f"two values for {double[0]!r}", "one value for each measure", "give the other one its own id")
     return {row["measure"]: _measure(row, profile, source) for row in rows}
 
-# %% ../nbs/52_claims.ipynb #993312fb
+# %% ../nbs/52_claims.ipynb #3568e536
 def read_measures(
     root: Path,  # repository folder
 ) -> dict:  # measure id -> Measure
@@ -193,9 +193,6 @@ def read_measures(
             source = f"figures/{profile}/{item.id}/measures.csv"
             if "measures.csv" in item.outputs and (root / source).exists():
                 own |= _read_measures(root / source, profile, source)
-        if lost := [name for name in item.claims if own and name not in own]:
-            refuse(f"manifest item {item.id!r}, claims", f"{lost[0]!r}, which its measures.csv does not hold",
-                   "ids that the experiment measures", "correct the id, or let the experiment write it")
         if double := [name for name in own if name in found]:
             refuse(own[double[0]].source, f"{double[0]!r}, which is also in {found[double[0]].source}",
                    "each measure from one item", "give one of them another id")

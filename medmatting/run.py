@@ -250,12 +250,15 @@ def _execute(notebook: Path, folder: Path, values: dict, threads: int, name: str
         part.metadata.pop("papermill", None)
     (folder / "notebook.ipynb").write_text(_json(executed), encoding="utf-8")
 
-# %% ../nbs/51_run.ipynb #ee2cafb5
+# %% ../nbs/51_run.ipynb #a09ea782
 def _outputs(item: Item, folder: Path, cells: list[dict]) -> dict:
-    "Hash of every declared output and the cell that names it; a missing or empty one is an error."
+    "Hash of every declared output and the cell that names it; a missing or empty one, or a claim not measured, is an error."
     bad = [name for name in item.outputs if not (folder / name).is_file() or not (folder / name).stat().st_size]
     if bad:
         raise RunError(f"declared output {bad[0]} is missing or empty after the run; write it to the folder `out_dir`")
+    measured = (folder / "measures.csv").read_text(encoding="utf-8") if "measures.csv" in item.outputs else ""
+    if unmeasured := [claim for claim in item.claims if claim not in {line.split(",")[0] for line in measured.splitlines()}]:
+        raise RunError(f"claim {unmeasured[0]} of the manifest is not in measures.csv; measure it, or correct its id")
     naming = {name: [c["id"] for c in cells if c["type"] == "code" and name in c["source"]] for name in item.outputs}
     return {name: {"sha256": file_hash(folder / name), "cells": naming[name]} for name in item.outputs}
 

@@ -132,7 +132,7 @@ def test_nothing_measured_says_what_is_missing(tmp_path):
     found = claims.ledger(repository(tmp_path))
     assert all(line["why"] for line in found) and not any(line["obtained"] for line in found)
     assert found.counts["not attempted"] == len(found) - 2
-    assert "Bayesian" in row(tmp_path, "ra.t1.brain_growth.bayesian.sad")["why"]
+    assert "FBA" in row(tmp_path, "ra.t1.brain_growth.fba.sad")["why"]
 
 
 def test_verdict_of_an_ordering(tmp_path):
@@ -160,13 +160,18 @@ def test_the_full_profile_counts(tmp_path):
 
 @pytest.mark.parametrize("measures, claimed, words", [
     (brain("knn", "nan"), (), "finite value"), (brain("knn", "0,5"), (), "columns measure"), (brain("knn", "half"), (), "finite value"), (brain("knn", 1, n=0), (), "finite"),
-    (2 * brain("knn", 1), (), "two values"), (brain("knn", 1), ("ra.t1.brain_growth.ours.sad",), "does not hold"),
+    (2 * brain("knn", 1), (), "two values"),
     (brain("odd", 1), ("ra.t1.brain_growth.odd.sad",), "ids of the ledger"), ("", (), "columns"),
 ])
 def test_wrong_measures_are_refused(tmp_path, measures, claimed, words):
     with pytest.raises(InputError, match=words) as told:
         claims.ledger(repository(tmp_path, measures, claimed))
     assert "\n" not in str(told.value)
+
+
+def test_a_claim_that_an_older_run_did_not_measure_is_not_attempted(tmp_path):
+    repository(tmp_path, brain("knn", 1), ("ra.t1.brain_growth.ours.sad",))
+    assert row(tmp_path, "ra.t1.brain_growth.ours.sad")["verdict"] == "not attempted"
 
 
 def test_a_measure_comes_from_one_item(tmp_path):
