@@ -11,13 +11,9 @@ from medmatting import linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
 from medmatting.information_flow import InformationFlow, known_estimate, mix, mixture_weights, solve
+from problems import make_problem, noisy
 
 OPTIONS = dict(neighbours=(8, 3, 4), weights=(0.1, 1.0, 0.005), strengths=(1.0, 0.05, 0.01, 0.7), regulariser=1e-3, eps=1e-5)
-
-
-def make_problem(image, labels, spacing=(1.0, 1.0, 1.0), limits=(0.0, 1.0)):
-    labels = np.asarray(labels, np.uint8)
-    return Problem(np.asarray(image), limits, labels, (labels == 255).astype(np.float32), spacing)
 
 
 def literal_weights(values, own, regulariser):
@@ -144,16 +140,6 @@ def test_mixture_weights_are_the_constrained_least_squares(channels, count, regu
     for w, v, o in zip(weights, values, own):
         assert abs(w - literal_weights(v, o, regulariser)).max() < 1e-14 / regulariser + 1e-12
     assert abs(weights.sum(1) - 1).max() < 1e-14 / regulariser + 1e-12
-
-
-def noisy(shape, seed=0, channels=1):
-    "A soft step with noise, known at both ends."
-    random = np.random.default_rng(seed)
-    ramp = np.clip((np.arange(shape[2]) - shape[2] / 2) / 6 + 0.5, 0, 1)
-    image = 0.2 + 0.6 * ramp[:, None] + random.normal(0, 0.02, (*shape, channels))
-    labels = np.full(shape, 128)
-    labels[..., : shape[2] // 4], labels[..., -(shape[2] // 4) :] = 0, 255
-    return make_problem(np.clip(image, 0, 1), labels)
 
 
 def test_known_voxels_are_kept():

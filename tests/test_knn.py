@@ -10,11 +10,7 @@ from medmatting import linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
 from medmatting.knn import KNN, SLAB, solve
-
-
-def make_problem(image, labels, spacing=(1.0, 1.0, 1.0), limits=(0.0, 1.0)):
-    labels = np.asarray(labels, np.uint8)
-    return Problem(np.asarray(image), limits, labels, (labels == 255).astype(np.float32), spacing)
+from problems import make_problem, noisy
 
 
 def literal(problem, searches, kernel):
@@ -71,16 +67,6 @@ def test_equals_the_literal_formula(problem, kernel, weight):
     penalty = np.where(fixed, 50.0, 0.0)
     soft = linear.pcg(KNN(problem, **options, constraint_weight=50.0), 1e-14).x
     assert abs(soft - np.linalg.solve(dense + np.diag(penalty), penalty * known)).max() < 1e-10
-
-
-def noisy(shape, seed=0, channels=1):
-    "A soft step with noise, known at both ends."
-    random = np.random.default_rng(seed)
-    ramp = np.clip((np.arange(shape[2]) - shape[2] / 2) / 6 + 0.5, 0, 1)
-    image = 0.2 + 0.6 * ramp[:, None] + random.normal(0, 0.02, (*shape, channels))
-    labels = np.full(shape, 128)
-    labels[..., : shape[2] // 4], labels[..., -(shape[2] // 4) :] = 0, 255
-    return make_problem(np.clip(image, 0, 1), labels)
 
 
 def test_known_voxels_are_kept_and_alpha_stays_between():
