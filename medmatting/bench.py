@@ -49,7 +49,7 @@ CASES = {
     "photograph": photograph_case,
 }
 
-# %% ../nbs/55_bench.ipynb #0b994c64
+# %% ../nbs/55_bench.ipynb #01ebd86c
 def run_ours(image, trimap):
     "medmatting."
     from medmatting import matte
@@ -78,7 +78,8 @@ def run_assembled(image, trimap):
     from scipy.sparse import diags_array
     from scipy.sparse.linalg import cg
 
-    from medmatting.closed_form import ClosedForm, assemble
+    from medmatting.assembled import assemble
+    from medmatting.closed_form import ClosedForm
     from medmatting.energy import make_region
 
     labels = trimap if trimap.ndim == 3 else trimap[None]

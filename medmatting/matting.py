@@ -6,7 +6,7 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #eb2c78c1
+# %% ../nbs/19_matting.ipynb #7d71b56b
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +17,9 @@ from time import perf_counter
 import numpy as np
 
 from . import bayesian, information_flow, knn
+from .assembled import solve_assembled
 from .checks import InputError, check_finite, check_spacing, describe, refuse
-from .closed_form import ClosedForm, solve_assembled
+from .closed_form import ClosedForm
 from .closed_form_torch import TorchClosedForm, to_device
 from .compiled import kernel
 from .energy import WINDOW_RULES, Problem, Solved, make_region

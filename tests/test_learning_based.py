@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import medmatting as mm
-from medmatting.closed_form import ClosedForm, assemble
+from medmatting.assembled import assemble
+from medmatting.closed_form import ClosedForm
 from medmatting.energy import make_region
 from medmatting.learning_based import LearningBased, TorchLearningBased
 

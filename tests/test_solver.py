@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import medmatting as mm
+from medmatting.assembled import assemble
 from medmatting.checks import InputError
-from medmatting.closed_form import ClosedForm, assemble
+from medmatting.closed_form import ClosedForm
 from medmatting.closed_form_torch import TorchClosedForm
 from medmatting.energy import make_region
 from medmatting.linear import ConvergenceError, pcg
