@@ -105,6 +105,23 @@ def test_reachable_misses_nobody(search):
     assert may_have.ravel()[found.rows[has_one]].all() and not (may_have & wanted).any()
 
 
+@pytest.mark.parametrize("levels", [4, 0])
+def test_reachable_misses_nobody_where_a_short_walk_cannot_tell(levels, monkeypatch):
+    random = np.random.default_rng(levels)
+    image = random.integers(0, levels, (1, 40, 40, 3)) / 4 if levels else random.random((1, 40, 40, 3))
+    problem, wanted = make_problem(image), random.random((1, 40, 40)) < 0.3
+    wanted[..., 8:] = False
+    found = nearest(problem, ~wanted, 6, 1e-3)
+    has_one = wanted.ravel()[found.indices].any(axis=1)
+    counts = []
+    for price in (0, 10**9):  # the distance to the nearest wanted voxel is left out, or asked of a tree
+        monkeypatch.setattr(module, "FIRST", price)
+        may_have = reachable(problem, ~wanted, wanted, 6, 1e-3)
+        assert may_have.ravel()[found.rows[has_one]].all() and not (may_have & wanted).any()
+        counts.append(may_have.sum())
+    assert counts[1] < (1.0 if levels else 0.8) * counts[0]
+
+
 def test_reachable_leaves_out_the_far_ones():
     wanted = np.zeros((1, 60, 60), bool)
     wanted[0, 30, 30] = True
