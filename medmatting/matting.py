@@ -6,7 +6,7 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #7d71b56b
+# %% ../nbs/19_matting.ipynb #03f5e10a
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 
 from . import bayesian, information_flow, knn
-from .assembled import solve_assembled
+from .assembled import solve_direct
 from .checks import InputError, check_finite, check_spacing, describe, refuse
 from .closed_form import ClosedForm
 from .closed_form_torch import TorchClosedForm, to_device
@@ -103,8 +103,8 @@ class MatteInfo:
         rows += [f"| {name} | {value} |" for name, value in self.parameters.items()]
         return "\n".join(["| | |", "|---|---|", *rows])
 
-# %% ../nbs/19_matting.ipynb #bc2ad812
-DIRECT_LIMIT = 400_000  # unknown pixels; the factors of a larger image take more than a gigabyte
+# %% ../nbs/19_matting.ipynb #69238046
+DIRECT_LIMIT = 1_500_000  # unknown pixels; the factor of a larger image takes more than a gigabyte
 SOLVERS = ("auto", "matrix-free", "direct")
 
 
@@ -139,7 +139,7 @@ def _solve_region(make, tol, max_iterations, arguments, windows, solver, device,
         small_image = region.radius[0] == 0 and region.unknown.sum() <= DIRECT_LIMIT
         solver = "direct" if small_image and host else "matrix-free"
     system = make(region, problem.scaled(region.box, spans.covered), spans.gather(problem.known[region.box]), *arguments)
-    solution = solve_assembled(system, tol) if solver == "direct" else pcg(system, tol, max_iterations, progress)
+    solution = solve_direct(system, tol) if solver == "direct" else pcg(system, tol, max_iterations, progress)
     alpha = problem.known
     spans.scatter(system.alpha(solution.x), alpha[region.box])
     return Solved(np.swapaxes(alpha, 0, 2) if turned else alpha, solution.iterations, solution.residual, solver if host else "torch",
