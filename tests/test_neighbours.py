@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from medmatting import neighbours as module
 from medmatting.checks import InputError
 from medmatting.energy import Problem
-from medmatting.neighbours import displacements, nearest, reachable, squared_distance
+from medmatting.neighbours import displacements, nearest, possible_targets, reachable, squared_distance
 
 
 def make_problem(image, spacing=(1.0, 1.0, 1.0), limits=(0.0, 1.0)):
@@ -91,6 +91,27 @@ def test_walk_and_tree_agree_on_a_larger_image(levels, monkeypatch):
         rows = np.zeros(queries.shape, bool)
         rows.flat[walked.rows[::97]] = True
         assert_equal(problem, rows, 7, weight)
+
+
+@settings(max_examples=60, deadline=None)
+@given(searches())
+def test_possible_targets_are_all_there_is_to_find(search):
+    problem, targets, weight, _, _, neighbours = search
+    if neighbours <= targets.sum() < targets.size:
+        near = possible_targets(problem, targets, neighbours, weight)
+        assert not (near & ~targets).any() and near.sum() >= neighbours
+        few, all_ = (nearest(problem, ~targets, neighbours, weight, targets=t) for t in (near, targets))
+        assert np.array_equal(few.indices, all_.indices)
+
+
+def test_possible_targets_leave_out_deep_ones():
+    targets = np.zeros((20, 40, 40), bool)
+    targets[:, 5:] = True
+    problem = make_problem(np.random.default_rng(0).random((20, 40, 40, 1)))
+    near = possible_targets(problem, targets, 7, 0.5)
+    assert near[:, 5:8].all() and not near[:, 15:].any()
+    found = [nearest(problem, ~targets, 7, 0.5, targets=t).indices for t in (near, targets)]
+    assert np.array_equal(*found)
 
 
 @settings(max_examples=60, deadline=None)
