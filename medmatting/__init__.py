@@ -40,6 +40,7 @@ _HOME = {
     "mse": "metrics",
     "grad": "metrics",
     "conn": "metrics",
+    "ImplicitUpsample": "implicit",
 }
 
 __all__ = sorted(_HOME)
