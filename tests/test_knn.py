@@ -9,7 +9,7 @@ from scipy.sparse.linalg import spsolve
 from medmatting import linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
-from medmatting.knn import KNN, SLAB, solve
+from medmatting.knn import KNN, SLAB, default_weights, solve
 from problems import make_problem, noisy
 
 
@@ -124,7 +124,7 @@ def test_result_does_not_depend_on_threads(monkeypatch):
 
 def test_agrees_with_an_exact_solution():
     problem = noisy((6, 20, 40))
-    system = KNN(problem, (20, 10), (0.03, 0.01))
+    system = KNN(problem)
     matrix, unit = np.empty((system.rhs.size,) * 2), np.zeros(system.rhs.size)
     for i in range(unit.size):
         unit[i] = 1.0
@@ -149,6 +149,25 @@ def test_agrees_with_pymatting_at_its_settings(seed):
     ours = make_problem(problem.image, problem.labels, (1.0, 1 / 17, 1 / 21))
     solved = solve(ours, 1e-10, 5000, neighbours=(19, 9), weights=(2.0, 0.1))
     assert abs(solved.alpha.ravel()[~fixed] - alpha).max() < 1e-6
+
+
+def test_default_weights_of_colour_follow_the_size_of_the_image():
+    problem = noisy((1, 18, 22), channels=3)
+    assert default_weights(problem) == (2.0 / 22, 0.1 / 22) and default_weights(noisy((3, 10, 24))) == (0.1, 0.03)
+    larger = make_problem(problem.image, problem.labels, (1.0, 5.0, 5.0))
+    assert np.array_equal(solve(problem, 1e-8, 1000).alpha, solve(larger, 1e-8, 1000).alpha)
+    explicit = solve(problem, 1e-8, 1000, weights=(2.0 / 22, 0.1 / 22)).alpha
+    assert np.array_equal(solve(problem, 1e-8, 1000).alpha, explicit)
+
+
+def test_pymatting_matrix_is_ours_with_divided_rows():
+    from pymatting.laplacian.knn_laplacian import knn_laplacian
+
+    problem = noisy((1, 12, 14), channels=3)
+    theirs = knn_laplacian(problem.image[0]).toarray()
+    ours = literal(make_problem(problem.image, problem.labels, (1.0, 1 / 11, 1 / 13)), [(19, 2.0), (9, 0.1)], "binary")
+    assert np.array_equal(ours, ours.T) and abs(theirs - theirs.T).max() > 1e-3
+    assert abs((np.diag(ours) / np.diag(theirs))[:, None] * theirs - ours).max() < 1e-10
 
 
 def test_island_is_refused_by_name_and_place():
