@@ -109,7 +109,7 @@ def test_segmentation_terms_are_those_of_the_output():
     literal = 0.0
     for mq, sq, mp, sp in zip(*(t.flatten().tolist() for t in (q.mean, q.log_sigma, p.mean, p.log_sigma))):
         literal += (sp - sq) + (math.exp(2 * sq) + (mq - mp) ** 2) / (2 * math.exp(2 * sp)) - 0.5
-    assert math.isclose(found["kl"], literal / 2, rel_tol=1e-4, abs_tol=1e-6)
+    assert math.isclose(found["kl"].detach(), literal / 2, rel_tol=1e-4, abs_tol=1e-6)
     assert found["ce"] == losses.cross_entropy(out.logits, mask)
     with pytest.raises(InputError, match="^output: "):
         losses.segmentation_terms(net.eval()(image), mask)
@@ -120,7 +120,7 @@ def test_kendall_is_the_literal_formula(s1, s2):
     weighting = losses.KendallWeighting(kl_weight=10)
     weighting.log_variance.data = torch.tensor([s1, s2])
     literal = math.exp(-s1) * (0.3 + 10 * 0.02) + 0.5 * math.exp(-s2) * (0.1 + 0.7) + 0.5 * (s1 + s2)
-    assert math.isclose(weighting(terms(), epoch=7), literal, rel_tol=1e-5)
+    assert math.isclose(weighting(terms(), epoch=7).detach(), literal, rel_tol=1e-5)
     assert len(list(weighting.parameters())) == 1 and weighting.log_variance.requires_grad
 
 
