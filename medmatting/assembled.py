@@ -45,7 +45,17 @@ def _add_windows(centres, number, radius, image, scale, weight, centre, matrix, 
                 place = ((shift[b, 0] - shift[a, 0] + 2 * radius[0]) * 5 + shift[b, 1] - shift[a, 1] + 2) * 5 + shift[b, 2] - shift[a, 2] + 2
                 entries[row, place] += (1.0 if a == b else 0.0) - explained
 
-# %% ../nbs/12a_assembled.ipynb #e139fa3a
+# %% ../nbs/12a_assembled.ipynb #4f0d401f
+@kernel
+def _subtract_product(grid, home, shifts, entries, x, left):
+    "left -= A x."
+    for i in range(home.size):
+        for k in range(shifts.size):
+            j = grid[home[i] + shifts[k]]
+            if j >= 0:
+                left[i] -= entries[i, k] * x[j]
+
+# %% ../nbs/12a_assembled.ipynb #6babf658
 @dataclass(frozen=True)
 class Stencil:
     "The matrix of a window system over its free voxels, one entry for each displacement within two voxels."
@@ -55,11 +65,16 @@ class Stencil:
     shifts: np.ndarray  # (25,), in 3D (125,): the displacements, as distances in the grid
     entries: np.ndarray  # (m, 25) or (m, 125): entry of row i and column grid[home[i] + shifts[k]]
 
+    def residual(self, rhs: np.ndarray, x: np.ndarray) -> np.ndarray:  # (m,)
+        "b - A x."
+        left = rhs.copy()
+        _subtract_product(self.grid, self.home, self.shifts, self.entries, x, left)
+        return left
+
 
 def make_stencil(
     system: WindowSystem,  # windows and constraints
     order: np.ndarray,  # (m,) which free voxel, in storage order, each row belongs to
-    precision: type = np.float64,  # of the entries
 ) -> Stencil:  # the matrix
     "Form the matrix of a system."
     region, spans = system.region, system.region.spans
@@ -69,11 +84,10 @@ def make_stencil(
     spans.scatter(np.arange(spans.size), number[tuple(slice(r, r + n) for r, n in zip(reach, spans.covered.shape))])
     rank = np.full(spans.size + 1, -1, np.int32)  # the last entry is that of voxels that are not stored
     rank[free] = np.arange(len(free))
-    entries = np.zeros((len(free), (2 * reach[0] + 1) * 25), precision)
+    entries = np.zeros((len(free), (2 * reach[0] + 1) * 25))
     _add_windows(np.argwhere(np.append(region.active, np.uint8(0))[number]), number, np.array(region.radius), system.image, system.scale,
                  system.weight, system.centre, system.matrix, rank, entries)
-    with np.errstate(over="ignore"):  # an infinite entry fails as a pivot
-        entries[region.unknown[free] == 0, entries.shape[1] // 2] += precision(system.penalty)
+    entries[region.unknown[free] == 0, entries.shape[1] // 2] += system.penalty
     shifts = np.array([(z * number.shape[1] + y) * number.shape[2] + x for z in range(-reach[0], reach[0] + 1)
                        for y in range(-2, 3) for x in range(-2, 3)])
     home = np.flatnonzero(number >= 0)[free]  # spans are stored in the order of the voxels
@@ -344,7 +358,7 @@ def _backward(begin, ends, rows, factor, local, x):
         for i in range(own):
             x[first + i] = local[i]
 
-# %% ../nbs/12a_assembled.ipynb #caa5a438
+# %% ../nbs/12a_assembled.ipynb #9b1ffff5
 @dataclass(frozen=True)
 class Factor:
     "Cholesky factor of a scaled system."
@@ -356,66 +370,64 @@ class Factor:
     largest: int  # rows of the largest front
     values: np.ndarray  # rows of U, node by node
 
-    def solve(self, rhs: np.ndarray) -> np.ndarray:  # (m,), in storage order
+    def solve(self, rhs: np.ndarray) -> np.ndarray:  # (m,), in order of elimination
         "Solution of the system, as exact as the precision of the factor."
         size = np.linalg.norm(rhs) or 1.0  # keeps single precision in its range
-        x = (rhs[self.tree.order] / size * self.scale).astype(self.values.dtype)
+        x = (rhs / size * self.scale).astype(self.values.dtype)
         local = np.empty(self.largest, x.dtype)
         _forward(self.tree.begin, self.ends, self.rows, self.values, local, x)
         _backward(self.tree.begin, self.ends, self.rows, self.values, local, x)
-        result = np.empty_like(rhs)
-        result[self.tree.order] = x * self.scale * size
-        return result
+        return x * self.scale * size
 
 
 def factorise(
-    system: WindowSystem,  # windows and constraints
+    stencil: Stencil,  # matrix with rows in order of elimination
     tree: Tree,  # order of elimination
     precision: type = np.float32,  # of the factor
 ) -> Factor | None:  # None if the matrix is singular in this precision
-    "Cholesky factor of the matrix of a system."
-    stencil = make_stencil(system, tree.order, precision)
+    "Cholesky factor of a matrix."
     layout = stencil.grid, stencil.home, stencil.shifts
     ends, rows, size, largest, pile = _find_boundaries(*layout, tree.begin, tree.reach)
-    scale = np.sqrt(system.jacobi[system.free == 1])[tree.order]
-    work = np.empty((largest, largest), precision), np.empty(pile, precision)
+    with np.errstate(invalid="ignore"):  # NaN is not positive and ends the factorisation
+        scale = 1 / np.sqrt(stencil.entries[:, len(stencil.shifts) // 2])
     values = np.empty(size, precision)
-    done = _factorise(*layout, stencil.entries, scale, tree.begin, tree.reach, ends, rows, *work, values)
+    done = _factorise(*layout, stencil.entries, scale, tree.begin, tree.reach, ends, rows, np.empty((largest, largest), precision),
+                      np.empty(pile, precision), values)
     return Factor(tree, scale, ends, rows, largest, values) if done else None
 
-# %% ../nbs/12a_assembled.ipynb #a4a0966b
+# %% ../nbs/12a_assembled.ipynb #54db295d
 CLOSE = 1e-5  # the largest correction of alpha that may be left
 
 
-def _refine(system, factor) -> tuple[Solution, float]:
-    "Correct until the correction no longer halves; the solution, and the largest correction that is left."
-    free, x, left = system.free == 1, system.start(), system.zeros()
-    size, previous = np.linalg.norm(system.residual(x, left)), np.inf
+def _refine(stencil, factor, rhs):
+    "Correct until the correction no longer halves; x, its relative residual, and the largest correction that is left."
+    x, left, previous = np.zeros_like(rhs), rhs, np.inf
     while True:
-        step = factor.solve(left[free])
+        step = factor.solve(left)
         change = float(abs(step).max())
         if not change < 0.5 * previous:  # NaN ends it as well
-            return Solution(x, 0, float(np.linalg.norm(left) / size)), change
-        x[free] += step
-        previous = change
-        system.residual(x, left)
+            return x, float(np.linalg.norm(left) / np.linalg.norm(rhs)), change
+        x += step
+        left, previous = stencil.residual(rhs, x), change
 
-
+# %% ../nbs/12a_assembled.ipynb #8646e057
 def solve_direct(
     system: WindowSystem,  # windows and constraints
     tol: float = 1e-7,  # relative residual that must be reached; rounding is the only thing that can prevent it
 ) -> Solution:  # x on all stored voxels as from `pcg`, 0 iterations, true residual
     "Exact solution by nested dissection, in single precision with refinement in double."
-    if not system.rhs.any():
-        return Solution(system.start(), 0, 0.0)
-    tree, residual = make_tree(system), np.inf
+    tree, x, residual, change = make_tree(system), system.start(), np.inf, np.inf
+    voxels = np.flatnonzero(system.free)[tree.order]
+    rhs = system.rhs[voxels]
+    if not rhs.any():
+        return Solution(x, 0, 0.0)
+    stencil = make_stencil(system, tree.order)
     for precision in (np.float32, np.float64):
-        factor = factorise(system, tree, precision)
+        factor = factorise(stencil, tree, precision)
         if factor is None:
             continue
-        solution, change = _refine(system, factor)
-        residual = solution.residual
+        x[voxels], residual, change = _refine(stencil, factor, rhs)
         if residual <= tol and change <= CLOSE:
-            return solution
-    raise ConvergenceError(f"not converged: the matrix is singular to rounding (relative residual {residual:.2e}, wanted {tol:.0e})."
-                           " Raise eps=, or bring constraint_weight= nearer to 1.")
+            return Solution(x, 0, residual)
+    raise ConvergenceError(f"not converged: the matrix is singular to rounding (relative residual {residual:.2e}, wanted {tol:.0e};"
+                           f" alpha may be wrong by {change:.0e}). Raise eps=, or bring constraint_weight= nearer to 1.")
