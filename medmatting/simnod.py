@@ -75,7 +75,7 @@ def consensus(
     mean = np.mean([_signed_distance(mask) for mask in masks], axis=0)
     return resample(masks[0].with_array(mean.astype(np.float32)), spacing_mm)
 
-# %% ../nbs/44_simnod.ipynb #4613396e
+# %% ../nbs/44_simnod.ipynb #32bc45fd
 GROUND_GLASS = 0.25  # alpha of pure ground glass
 FWHM = 2 * np.sqrt(2 * np.log(2))  # full width at half maximum of a Gaussian of standard deviation 1
 
@@ -85,42 +85,51 @@ def true_alpha(
     texture: str,  # key of TEXTURES
     margin: float,  # rated 1 (poorly defined) to 5 (sharp)
     slice_mm: float,  # slice thickness of the scanner
+    wall: np.ndarray | None = None,  # (D, H, W) bool, chest wall, where there is no nodule
 ) -> np.ndarray:  # float32 in [0, 1]
     "Density times edge, blurred as a scanner does."
     width = 0.25 + 0.25 * (5 - margin)
     core = expit((distance.array - min(2.0, distance.array.max() / 2)) / width) if texture == "part-solid" else float(texture == "solid")
     alpha = (GROUND_GLASS + (1 - GROUND_GLASS) * core) * expit(distance.array / width)
+    if wall is not None:
+        alpha = np.where(wall, 0, alpha)
     blurred = ndimage.gaussian_filter(alpha, np.array([slice_mm, 1.0, 1.0]) / FWHM / distance.spacing)
     return np.clip(blurred, 0, 1).astype(np.float32)
 
-# %% ../nbs/44_simnod.ipynb #8a60ddff
+# %% ../nbs/44_simnod.ipynb #ab2e6d31
 BACKGROUNDS = ("LIDC-IDRI-0001_nodule1", "LIDC-IDRI-0002_nodule1", "LIDC-IDRI-0003_nodule3", "LIDC-IDRI-0003_nodule4")
 
 
 @lru_cache(maxsize=len(BACKGROUNDS))
-def _lung(name: str) -> tuple[Volume, np.ndarray, np.ndarray]:
-    "CT, depth inside the lung in mm, and what any reader outlined."
+def _lung(name: str) -> tuple[Volume, np.ndarray, np.ndarray, np.ndarray]:
+    "CT, depth inside the lung in mm, what any reader outlined, and the chest wall."
     case = nodule(name)
     air = ndimage.binary_closing((case.ct.array > -1050) & (case.ct.array < -500), iterations=2)
-    return case.ct, ndimage.distance_transform_edt(air, sampling=case.spacing), case.masks.any(0)
+    pieces, _ = ndimage.label(case.ct.array > -300)
+    wall = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
+    return case.ct, ndimage.distance_transform_edt(air, sampling=case.spacing), case.masks.any(0), wall
 
 
-def _centres(name: str, size_mm: np.ndarray, depth_mm: float) -> np.ndarray:
-    "Voxels of a CT around which a block of this size fits, deep in the lung and free of nodules."
-    ct, depth, outlined = _lung(name)
+def _centres(name: str, size_mm: np.ndarray, depth_mm: float, pleural: bool) -> np.ndarray:
+    "Voxels of a CT around which a block of this size fits, free of nodules: deep in the lung, or near its wall."
+    ct, depth, outlined, wall = _lung(name)
     half = np.ceil(size_mm / 2 / ct.spacing).astype(int) + 1
     fits = ndimage.maximum_filter(outlined, 2 * half + 1, mode="constant", cval=True) == 0
-    return np.argwhere(fits & (depth >= depth_mm))
+    if not pleural:
+        return np.argwhere(fits & (depth >= depth_mm))
+    to_wall = ndimage.distance_transform_edt(~wall, sampling=ct.spacing)
+    return np.argwhere(fits & (depth > 0) & (to_wall > 0.4 * depth_mm) & (to_wall < 0.7 * depth_mm))
 
-# %% ../nbs/44_simnod.ipynb #bd6c6703
+# %% ../nbs/44_simnod.ipynb #f808b737
 def lung_block(
     grid: Volume,  # grid of the nodule; its values are not used
     depth_mm: float,  # how deep in the lung the centre must lie
     rng: np.random.Generator,  # chooses scan and place
+    pleural: bool = False,  # whether the nodule shall reach into the chest wall instead
 ) -> tuple[Volume, str]:  # HU on the grid, and the name of the scan it is from
     "A block of real lung without nodules, interpolated to the grid."
     size = np.multiply(grid.shape, grid.spacing)
-    places = [(name, centre) for name in BACKGROUNDS for centre in _centres(name, size, depth_mm)]
+    places = [(name, centre) for name in BACKGROUNDS for centre in _centres(name, size, depth_mm, pleural)]
     if not places:
         refuse("grid", f"a block of {np.round(size)} mm", "a block that fits into the embedded lungs", "choose a smaller nodule")
     name, centre = places[rng.integers(len(places))]
@@ -129,7 +138,7 @@ def lung_block(
     moved = grid.with_array(grid.array, origin=tuple(positions(ct, centre) - middle), direction=ct.direction)
     return resample_like(ct, moved), name
 
-# %% ../nbs/44_simnod.ipynb #912ca83f
+# %% ../nbs/44_simnod.ipynb #838062eb
 def _field(rng, grid: Volume, smooth_mm: tuple[float, float, float], sd: float) -> np.ndarray:
     "Gaussian random field of the given smoothness and standard deviation, float32."
     field = ndimage.gaussian_filter(rng.standard_normal(grid.shape, np.float32), np.divide(smooth_mm, grid.spacing), mode="wrap")
@@ -149,13 +158,15 @@ class Simulated:
     background: np.ndarray  # B in HU, real lung
     noise: np.ndarray  # HU
     lung: str  # scan that the background is from
+    pleural: bool  # whether it reaches into the chest wall
 
-# %% ../nbs/44_simnod.ipynb #35c7e473
+# %% ../nbs/44_simnod.ipynb #fa45224c
 def simulate(
     index: int,  # row in `lidc.shapes()`, for example one of `choose_shapes()`
     texture: str | None = None,  # "solid", "part-solid" or "ground glass"; None: as the readers rated it
     seed: int = 0,  # of place, texture and noise; together with index it decides everything
     spacing_mm: float | tuple[float, ...] = 0.5,  # voxel edge of the result
+    pleural: bool = False,  # whether to place it against the chest wall
 ) -> Simulated:  # CT, alpha, masks and the parts of the mixture
     "Compose a nodule with known alpha from real outlines and real lung."
     outlines, size = shape(index), check_spacing(spacing_mm, 3)
@@ -165,17 +176,20 @@ def simulate(
     masks, rng = _padded(outlines), np.random.default_rng([seed, int(index)])
     distance = consensus(masks, size)
     depth = max(np.multiply(outlines.masks.shape[1:], outlines.spacing)) / 2
-    lung, name = lung_block(distance, depth, rng)
-    alpha = true_alpha(distance, texture, _mean_rating(outlines.about, "margin"), _lung(name)[0].meta["slice_thickness_mm"])
-    return _compose(int(index), texture, alpha, [resample(mask, size, "nearest").array for mask in masks], lung, name, rng)
+    lung, name = lung_block(distance, depth, rng, pleural)
+    scan, _, _, tissue = _lung(name)
+    wall = resample_like(scan.with_array(tissue.astype(np.uint8), unit=""), lung, "nearest").array > 0 if pleural else None
+    alpha = true_alpha(distance, texture, _mean_rating(outlines.about, "margin"), scan.meta["slice_thickness_mm"], wall)
+    masks = np.stack([resample(mask, size, "nearest").array for mask in masks])
+    return _compose(int(index), texture, alpha, masks if wall is None else masks & ~wall, lung, name, rng, pleural)
 
 
 def nearest_texture(rating: float) -> str:
     "The texture whose range of ratings is nearest."
     return min(TEXTURES, key=lambda name: max(TEXTURES[name][0] - rating, rating - TEXTURES[name][1]))
 
-# %% ../nbs/44_simnod.ipynb #adeb0ff7
-def _compose(index, texture, alpha, masks, lung, name, rng) -> Simulated:
+# %% ../nbs/44_simnod.ipynb #cfc37e10
+def _compose(index, texture, alpha, masks, lung, name, rng, pleural) -> Simulated:
     "I = alpha F + (1 - alpha) B, then the noise that mixing took away."
     scan = _lung(name)[0]
     foreground = 30 + _field(rng, lung, (1.0, 1.0, 1.0), 15.0)
@@ -183,4 +197,4 @@ def _compose(index, texture, alpha, masks, lung, name, rng) -> Simulated:
     noise = _field(rng, lung, (scan.spacing[0] / FWHM, grain, grain), 13.0) * np.sqrt(1 - (1 - alpha) ** 2)
     image = alpha * foreground + (1 - alpha) * lung.array + noise
     ct = lung.with_array(image.astype(np.float32), meta={"simulated": True})
-    return Simulated(index, texture, ct, alpha, np.stack(masks), foreground, lung.array, noise, name)
+    return Simulated(index, texture, ct, alpha, masks, foreground, lung.array, noise, name, pleural)

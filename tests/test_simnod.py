@@ -57,6 +57,18 @@ def test_background_is_real_lung_without_a_nodule(cases):
         assert not simnod.resample_like(outlined, case.ct, "nearest").array.any()
 
 
+def test_a_pleural_nodule_meets_the_wall_and_leaves_it_background():
+    index = next(iter(simnod.choose_shapes(1)))
+    case, inside = simnod.simulate(index, pleural=True), simnod.simulate(index)
+    assert case.pleural and not inside.pleural
+    wall = ndimage.binary_erosion(ndimage.binary_opening(case.background > -300, iterations=2), iterations=3)
+    near = ndimage.binary_dilation(case.alpha > 0.5, iterations=6)
+    assert (near & (case.background > -300)).sum() > 50 and case.alpha[wall].max(initial=0) < 0.1
+    assert not (case.masks.any(0) & wall).any() and case.masks.sum() < inside.masks.sum() and case.masks.all(0).any()
+    mixed = case.alpha.astype(float) * case.foreground + (1.0 - case.alpha) * case.background
+    assert np.abs(case.ct.array - case.noise - mixed).max() < 1e-3
+
+
 def test_seed_and_index_decide_everything():
     index = next(iter(simnod.choose_shapes(1)))
     first, second, other = (simnod.simulate(index, seed=seed, spacing_mm=1.0) for seed in (3, 3, 4))
