@@ -9,7 +9,7 @@ __all__ = ['OURS', 'ON_VOLUMES', 'ON_PHOTOGRAPHS', 'TABLE', 'EDGES', 'ROOMS', 'G
            'Method', 'PeakMemory', 'measure', 'measure_bandwidth', 'in_own_process', 'key', 'kept', 'measure_all',
            'as_table', 'as_markdown', 'as_growth', 'exponents', 'run_benchmark', 'main']
 
-# %% ../nbs/55_bench.ipynb #9d7d18bb
+# %% ../nbs/55_bench.ipynb #e1f3ed28
 import contextlib
 import ctypes
 import hashlib
@@ -32,7 +32,8 @@ from .linear import run_chunks, thread_count
 from .photographs import composite
 from .plots import PALETTE, finish, house_style, save_figure
 from .report import table as markdown_table
-from .run import file_hash, hardware, package_hash, versions
+from .registry import sha256_of
+from .run import hardware, package_hash, versions
 
 # %% ../nbs/55_bench.ipynb #9da9cdd1
 def nodule_case(
@@ -388,10 +389,10 @@ def in_own_process(
         return {"note": f"failed: {done.stderr.strip().splitlines()[-1][:200]}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
-# %% ../nbs/55_bench.ipynb #847f1b75
+# %% ../nbs/55_bench.ipynb #c0ff1444
 def key() -> str:
     "Twelve digits that change with the sources, the libraries, the machine or the number of threads."
-    parts = [package_hash(), file_hash(__file__), versions(), hardware(), thread_count()]
+    parts = [package_hash(), sha256_of(__file__), versions(), hardware(), thread_count()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['BACKGROUND', 'UNKNOWN', 'FOREGROUND', 'check_trimap', 'Core', 'TrimapInfo', 'trimap_from_raters', 'trimap_from_mask',
            'clean_trimap', 'trimap_from_file']
 
-# %% ../nbs/04_trimaps.ipynb #94af6022
+# %% ../nbs/04_trimaps.ipynb #4c39e56b
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from .checks import check_finite, check_spacing, describe, refuse
-from .volumes import Volume, check_same_grid
+from .volumes import Volume, check_same_grid, read_masks
 
 # %% ../nbs/04_trimaps.ipynb #982665bf
 BACKGROUND, UNKNOWN, FOREGROUND = 0, 128, 255
@@ -98,34 +98,6 @@ def _check_complete(counts: dict[str, int]):
         if counts[name] == 0:
             present = ", ".join(f"{count} {other}" for other, count in counts.items() if count)
             refuse("trimap", f"no {name} voxel ({present})", "at least one voxel of each of the three classes", fix)
-
-# %% ../nbs/04_trimaps.ipynb #ed3c6224
-def _masks(masks) -> np.ndarray:
-    "Raters' masks as one bool array (R, ...)."
-    several = isinstance(masks, (np.ndarray, Sequence)) and getattr(masks, "ndim", 3) in (3, 4) and len(masks)
-    if not several:
-        refuse("masks", "a Volume" if isinstance(masks, Volume) else describe(masks),
-               "a list of masks, or an array (R, H, W) or (R, D, H, W)", "a single mask goes through trimap_from_mask")
-    shapes = {np.shape(mask) for mask in masks}
-    if len(shapes) > 1:
-        refuse("masks", f"different shapes {sorted(shapes)}", "masks of one shape", "resample them to one grid")
-    if any(getattr(mask, "channels", False) for mask in masks):
-        refuse("masks", "a Volume with channels", "masks without channels", "take one channel, for example array[..., 0]")
-    binary = np.stack([_binary(f"masks[{i}]", np.asarray(mask)) for i, mask in enumerate(masks)])
-    if binary.ndim not in (3, 4) or not binary.size:
-        refuse("masks", f"masks of shape {binary.shape[1:]}", "masks of shape (H, W) or (D, H, W)", "add or drop axes")
-    return binary
-
-
-def _binary(name: str, mask: np.ndarray) -> np.ndarray:
-    "A mask as bool; only bool, 0/1 and 0/255 are accepted."
-    if mask.dtype == bool:
-        return mask
-    if mask.dtype.kind in "iuf" and mask.size:
-        high = mask.max()
-        if high in (0, 1, 255) and ((mask == 0) | (mask == high)).all():
-            return mask != 0
-    refuse(name, describe(mask), "a binary mask: bool, 0/1 or 0/255", "threshold it, for example mask > 0.5")
 
 # %% ../nbs/04_trimaps.ipynb #2fe9a3a9
 def _grid(items: Sequence, spacing, ndim: int) -> tuple[float, ...]:
@@ -210,7 +182,7 @@ class TrimapInfo:
                 f"{self.erode_mm:g} mm inwards\n\n| class | before | after |\n|---|---:|---:|\n{rows}\n"
                 f"Cores ({len(self.cores)}): {cores}")
 
-# %% ../nbs/04_trimaps.ipynb #3cbc2cdf
+# %% ../nbs/04_trimaps.ipynb #2f91fed9
 def trimap_from_raters(
     masks: np.ndarray | Sequence,  # (R, H, W), (R, D, H, W), or a list of arrays or Volumes; bool, 0/1 or 0/255
     dilate_mm: float = 1.0,  # mm, outwards: background this close to the union becomes unknown
@@ -220,7 +192,7 @@ def trimap_from_raters(
     return_info: bool = False,  # also return a `TrimapInfo`
 ) -> np.ndarray | Volume | tuple:  # uint8 0/128/255, a Volume if the masks are; with info, (trimap, info)
     "Foreground is the intersection, background the complement of the union, the band between widened in mm (3D Matting, Sec. 3)."
-    binary = _masks(masks)
+    binary = read_masks(masks)
     size = _grid(masks, spacing, binary.ndim - 1)
     dilate, erode = _width("dilate_mm", dilate_mm), _width("erode_mm", dilate_mm if erode_mm is None else erode_mm)
     if vanishing not in ("refuse", "keep"):

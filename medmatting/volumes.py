@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'MAX_VOXELS', 'Volume', 'check_volume', 'positions', 'check_same_grid', 'resample', 'resample_like', 'crop',
-           'paste', 'crop_nodule']
+           'paste', 'read_masks', 'crop_nodule']
 
-# %% ../nbs/01_volumes.ipynb #35858321
+# %% ../nbs/01_volumes.ipynb #f041df1e
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -242,7 +243,41 @@ def paste(
     full[cuts] = volume.array
     return volume.with_array(full, spacing=like.spacing, origin=like.origin, direction=like.direction)
 
-# %% ../nbs/01_volumes.ipynb #3d8d437c
+# %% ../nbs/01_volumes.ipynb #f4dfece1
+def read_masks(
+    masks,  # (R, H, W) or (R, D, H, W), or a list of arrays or Volumes: bool, 0/1 or 0/255, one for each rater
+) -> np.ndarray:  # bool, (R, H, W) or (R, D, H, W)
+    "Raters' masks as one array."
+    several = isinstance(masks, (np.ndarray, Sequence)) and getattr(masks, "ndim", 3) in (3, 4) and len(masks)
+    if not several:
+        refuse("masks", "a Volume" if isinstance(masks, Volume) else describe(masks),
+               "a list of masks, or an array (R, H, W) or (R, D, H, W)", "a single mask goes through trimap_from_mask")
+    try:
+        masks = [mask if isinstance(mask, Volume) else np.asarray(mask) for mask in masks]
+    except ValueError:
+        refuse("masks", "nested lists of uneven length", "masks of one shape", "make each an array of rows of one length")
+    shapes = {np.shape(mask) for mask in masks}
+    if len(shapes) > 1:
+        refuse("masks", f"different shapes {sorted(shapes)}", "masks of one shape", "resample them to one grid")
+    if any(getattr(mask, "channels", False) for mask in masks):
+        refuse("masks", "a Volume with channels", "masks without channels", "take one channel, for example array[..., 0]")
+    binary = np.stack([_binary(f"masks[{i}]", np.asarray(mask)) for i, mask in enumerate(masks)])
+    if binary.ndim not in (3, 4) or not binary.size:
+        refuse("masks", f"masks of shape {binary.shape[1:]}", "masks of shape (H, W) or (D, H, W)", "add or drop axes")
+    return binary
+
+
+def _binary(name: str, mask: np.ndarray) -> np.ndarray:
+    "A mask as bool; only bool, 0/1 and 0/255 are accepted."
+    if mask.dtype == bool:
+        return mask
+    if mask.dtype.kind in "iuf" and mask.size:
+        high = mask.max()
+        if high in (0, 1, 255) and ((mask == 0) | (mask == high)).all():
+            return mask != 0
+    refuse(name, describe(mask), "a binary mask: bool, 0/1 or 0/255", "threshold it, for example mask > 0.5")
+
+# %% ../nbs/01_volumes.ipynb #5caaee70
 def crop_nodule(
     ct: Volume,  # (D, H, W) on the native grid
     masks,  # (R, D, H, W), or a list of (D, H, W) arrays or Volumes: one binary mask for each rater
@@ -253,7 +288,7 @@ def crop_nodule(
     if check_volume("ct", ct).ndim != 3 or size_px < 1 or pad_slices < 0:
         refuse("ct, size_px, pad_slices", f"{ct.ndim} axes, {size_px} and {pad_slices}",
                "3 axes, at least 1 pixel and at least 0 slices", "give a volume (D, H, W)")
-    masks = _rater_masks(masks, ct)
+    masks = _on_grid(masks, ct)
     extent = [np.flatnonzero(masks.any(axis=tuple(set(range(4)) - {axis + 1}))) for axis in range(3)]
     first, last = [int(e[0]) for e in extent], [int(e[-1]) + 1 for e in extent]
     if max(last[1] - first[1], last[2] - first[2]) > size_px:
@@ -263,22 +298,20 @@ def crop_nodule(
     box = (depth, *(_centred(first[i], last[i], size_px, ct.shape[i]) for i in (1, 2)))
     return crop(ct, box), masks[(slice(None), *box)]
 
-# %% ../nbs/01_volumes.ipynb #4b6e5d92
+# %% ../nbs/01_volumes.ipynb #618df859
 def _centred(first: int, last: int, size: int, limit: int) -> slice:
     "`size` voxels centred on first..last, moved inwards at the border; the whole axis if it is shorter."
     start = min(max(0, (first + last) // 2 - size // 2), max(0, limit - size))
     return slice(start, min(limit, start + size))
 
 
-def _rater_masks(masks, ct: Volume) -> np.ndarray:
+def _on_grid(masks, ct: Volume) -> np.ndarray:
     "Masks as (R, D, H, W) of bool on the grid of the CT."
+    binary = read_masks(masks)
     for mask in masks:
         if isinstance(mask, Volume):
             check_same_grid("masks", mask, ct)
-    masks = np.stack([np.asarray(mask) for mask in masks]) if len(masks) else np.zeros(0)
-    if masks.shape[1:] != ct.shape:
-        refuse("masks", describe(masks), f"(raters, {', '.join(map(str, ct.shape))}), the grid of the CT",
+    if binary.shape[1:] != ct.shape or not binary.any():
+        refuse("masks", describe(binary), f"(raters, {', '.join(map(str, ct.shape))}), the grid of the CT, with at least one voxel marked",
                "give a list of masks, one for each rater")
-    if not set(np.unique(masks).tolist()) <= {0, 1} or not masks.any():
-        refuse("masks", describe(masks), "0 and 1 with at least one voxel marked", "threshold the masks first")
-    return masks.astype(bool)
+    return binary

@@ -580,3 +580,24 @@ def test_an_existing_file_keeps_its_mode_and_its_link(tmp_path):
 def test_odd_spacing_is_refused(spacing):
     with pytest.raises(InputError, match="spacing"):
         check_spacing(spacing, 3)
+
+
+@pytest.mark.parametrize("ending", [".tif", ".nii.gz", ".nrrd", ".mha", ".npz"])
+def test_one_slice_stays_a_volume(tmp_path, ending):
+    image = Volume(np.arange(20, dtype=np.uint8).reshape(1, 4, 5))
+    back = read(write(tmp_path / f"a{ending}", image))
+    assert back.shape == (1, 4, 5) and not back.channels and (back.array == image.array).all()
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".npz"])
+@pytest.mark.parametrize("shape", [(4, 5, 1), (3, 4, 5, 1)])
+def test_one_channel_stays_a_channel(tmp_path, ending, shape):
+    image = Volume(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), channels=True, unit="HU")
+    back = read(write(tmp_path / f"a{ending}", image))
+    assert back.array.shape == shape and back.channels and back.unit == "HU" and (back.array == image.array).all()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write("~/new/a.npz", np.zeros((2, 3))) == tmp_path / "new" / "a.npz"
+    assert read("~/new/a.npz").shape == (2, 3)

@@ -161,7 +161,7 @@ def test_a_run_is_recorded_published_and_not_repeated(tmp_path):
     assert published(root).read_text() == "value\n1\n"
     text = run.provenance_path(published(root)).read_text()
     record = json.loads(text)
-    assert record["outputs"]["table.csv"] == {"sha256": run.file_hash(published(root)), "cells": ["c1"]}
+    assert record["outputs"]["table.csv"] == {"sha256": run.sha256_of(published(root)), "cells": ["c1"]}
     assert record["made_from"]["parameters"] == {"out_dir": ".", "value": 1}
     assert record["rerun"] == "medmatting reproduce good --profile quick" and record["seconds"] > 0
     executed = next((root / "build").glob("quick/good/*/notebook.ipynb")).read_text()
@@ -254,3 +254,17 @@ def test_publishing_removes_what_is_no_longer_declared(tmp_path):
     run.reproduce(root=root)
     assert sorted(p.name for p in published(root).parent.iterdir()) == [
         "notes.txt", "values.csv", "values.csv.provenance.json"]
+
+
+def test_the_printed_tables_that_a_notebook_names_decide_its_result(tmp_path):
+    cell = dict(id="a", cell_type="code", metadata={}, source='pd.read_csv("table1.csv")')
+    notebook, printed = tmp_path / "a.ipynb", tmp_path / "printed"
+    notebook.write_text(json.dumps(dict(cells=[cell])))
+    printed.mkdir()
+    for name in ("table1.csv", "table2.csv"):
+        (printed / name).write_text("1")
+    before = run.printed_hashes(notebook)
+    (printed / "table2.csv").write_text("2")
+    assert run.printed_hashes(notebook) == before and list(before) == ["table1.csv"]
+    (printed / "table1.csv").write_text("2")
+    assert run.printed_hashes(notebook) != before

@@ -318,3 +318,8 @@ def test_a_label_file_is_refused(tmp_path):
     Image.fromarray(GOOD[0] // 127).save(tmp_path / "labels.png")
     with pytest.raises(InputError):
         trimap_from_file(tmp_path / "labels.png")
+
+
+def test_ragged_masks_are_refused_by_name():
+    with pytest.raises(InputError, match="masks.*uneven"):
+        trimap_from_raters([[[0, 1], [1]], [[0, 1], [1]]])

@@ -205,3 +205,16 @@ def test_nodule_larger_than_the_square_is_refused():
 def test_bad_input_is_refused_by_name(call, name):
     with pytest.raises(InputError, match=name):
         call(ramp(shape=(4, 4, 4))[0])
+
+
+def test_masks_of_0_and_255_crop_like_bool():
+    ct, mask = Volume(np.zeros((10, 20, 20))), np.zeros((1, 10, 20, 20), np.uint8)
+    mask[0, 3:6, 4:9, 4:9] = 255
+    part, cropped = crop_nodule(ct, mask, size_px=12)
+    assert cropped.dtype == bool and cropped.sum() == 75 and (crop_nodule(ct, mask > 0, size_px=12)[1] == cropped).all()
+
+
+def test_ragged_masks_are_refused_by_name():
+    for ragged in ([[[0, 1], [1]], [[0, 1], [1]]], [[[[0, 1]], [[1]]]]):
+        with pytest.raises(InputError, match="masks was nested lists|masks.*uneven"):
+            crop_nodule(Volume(np.zeros((1, 2, 2))), ragged)
