@@ -65,7 +65,7 @@ class LatentNet(nn.Module):
         mean, log_sigma = self.head(pooled)[:, :, 0, 0].float().chunk(2, dim=1)
         return Gaussian(mean, log_sigma.clamp(-10, 10))
 
-# %% ../nbs/21_probabilistic_unet.ipynb #e49302e5
+# %% ../nbs/21_probabilistic_unet.ipynb #98ed6e5d
 class Fcomb(nn.Module):
     "1x1 convolutions that mix features and latent vectors."
 
@@ -86,11 +86,14 @@ class Fcomb(nn.Module):
         self,
         features: torch.Tensor,  # (B, width, H, W), of the U-Net
         z: torch.Tensor,  # (N, B, latent)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # latent features (N, B, width, H, W), logits (N, B, outputs, H, W)
-        "Latent features before the last layer, and the logits after it."
-        shared, own = self.from_features(features), self.from_latent(z)[..., None, None]
-        hidden = self.middle(F.relu(shared + own).flatten(0, 1))
-        return hidden.unflatten(0, z.shape[:2]), self.last(hidden).unflatten(0, z.shape[:2])
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, width, H, W) of the first draw, (N, B, outputs, H, W) of all
+        "Features before the last layer under the first latent vector, and the logits under each."
+        shared, logits = self.from_features(features), []
+        for own in self.from_latent(z):
+            hidden = self.middle((shared + own[..., None, None]).relu_())
+            first = hidden if not logits else first
+            logits.append(self.last(hidden))
+        return first, torch.stack(logits)
 
 # %% ../nbs/21_probabilistic_unet.ipynb #db77f4ba
 def class_probabilities(
@@ -111,7 +114,7 @@ class SegmentationOutput(NamedTuple):
     prior: Gaussian  # from the image
     posterior: Gaussian | None  # from image and mask; None without a mask
 
-# %% ../nbs/21_probabilistic_unet.ipynb #9f9d55a9
+# %% ../nbs/21_probabilistic_unet.ipynb #ceb4d334
 PUBLISHED_WIDTHS = (32, 64, 128, 192)  # of Medical Matting
 SMALL_WIDTHS = (12, 24, 36)  # for a CPU
 
@@ -156,7 +159,7 @@ class ProbabilisticUNet(nn.Module):
         one = prior.mean[None] if posterior is None else posterior.draw(1, generator)
         z = torch.cat([one, source.draw(samples, generator).detach()])
         hidden, logits = self.fcomb(features, z)
-        return SegmentationOutput(logits[0], hidden[0], class_probabilities(logits[1:]), prior, posterior)
+        return SegmentationOutput(logits[0], hidden, class_probabilities(logits[1:]), prior, posterior)
 
 # %% ../nbs/21_probabilistic_unet.ipynb #79e7775a
 def _check_sizes(channels, widths, latent, classes, convs):
