@@ -120,9 +120,9 @@ def make_fabric(
         warnings.simplefilter("ignore")  # it advises to use more of the machine
         return Fabric(accelerator=device, devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", precision=precision)
 
-# %% ../nbs/33_train.ipynb #f4f97447
+# %% ../nbs/33_train.ipynb #98e967b1
 def train(
-    model: torch.nn.Module,  # called with a batch it gives a dict of scalar loss terms; "loss" is minimised
+    model: torch.nn.Module,  # called with a batch (stacked samples and "epoch") it gives a dict of scalar loss terms; "loss" is minimised
     samples: Sequence[dict],  # each a dict of tensors of one size, and "name"
     recipe: Recipe,
     folder: str | Path,  # takes the checkpoint; a run found there is continued
@@ -158,7 +158,7 @@ def train(
             bar.update()
     return history
 
-# %% ../nbs/33_train.ipynb #c10c5b18
+# %% ../nbs/33_train.ipynb #390e202a
 def _share(recipe: Recipe, samples, fabric) -> range:
     "Places in the batch that this process fills."
     if not len(samples):
@@ -176,7 +176,8 @@ def _batch(samples, step: int, places: range, recipe: Recipe, prepare) -> dict:
         generator = torch.Generator().manual_seed(random_state(recipe.seed, 1, step, place))
         sample = samples[order[place]]
         ready.append(prepare(sample, generator) if prepare else sample)
-    return {key: torch.stack([s[key] for s in ready]) if key != "name" else [s[key] for s in ready] for key in ready[0]}
+    batch = {key: torch.stack([s[key] for s in ready]) if key != "name" else [s[key] for s in ready] for key in ready[0]}
+    return {**batch, "epoch": step * recipe.batch // len(samples)}
 
 # %% ../nbs/33_train.ipynb #fcc5b8d5
 def _one_step(model, optimiser, fabric, step: int, batch: dict, recipe: Recipe) -> dict[str, float]:
