@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from medmatting import linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
-from medmatting.information_flow import InformationFlow, known_estimate, mix, mixture_weights, solve
+from medmatting.information_flow import InformationFlow, bhattacharyya, known_estimate, mix, mixture_weights, solve, transparency, trim
 from problems import make_problem, noisy
 
-OPTIONS = dict(neighbours=(8, 3, 4), weights=(0.1, 1.0, 0.005), strengths=(1.0, 0.05, 0.01, 0.7), regulariser=1e-3, eps=1e-5)
+OPTIONS = dict(trimming="both", neighbours=(8, 3, 4), weights=(0.1, 1.0, 0.005), strengths=(1.0, 0.05, 0.01, 0.7), regulariser=1e-3, eps=1e-5)
 
 
 def literal_weights(values, own, regulariser):
@@ -37,13 +37,16 @@ def near(i, values, places, targets, neighbours, weight):
     return np.lexsort((np.arange(len(values)), squares))[: min(neighbours, np.isfinite(squares).sum())]
 
 
-def literal(problem, neighbours, weights, strengths, regulariser, eps):
+def literal(problem, trimming, neighbours, weights, strengths, regulariser, eps):
     "Dense matrix and right-hand side of the energy over all voxels."
     shape, n = problem.labels.shape, problem.labels.size
     values = problem.scaled((slice(None),) * 3, np.ones(shape, bool)).T
     places = np.argwhere(np.ones(shape, bool)) * problem.spacing
     labels, known, channels = problem.labels.ravel(), problem.known.ravel(), values.shape[1]
     rows, like, matrix, right = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n)), np.zeros(n)
+    sided = (labels == 255).any() and (labels == 0).any()
+    claimed = np.full(n, np.nan)
+    claimed[labels == 128] = trim(problem, problem.labels == 128, trimming) if sided else np.nan
     for i in np.flatnonzero(labels == 128):
         some = near(i, values, places, np.ones(n, bool), neighbours[0], weights[0])
         rows[i, i] = 1
@@ -52,8 +55,10 @@ def literal(problem, neighbours, weights, strengths, regulariser, eps):
         if len(front) and len(back):
             both = np.append(front, back)
             confidence = sum((values[front].mean(0) - values[back].mean(0)) ** 2) / channels
+            estimate = literal_weights(values[both], values[i], regulariser) @ known[both]
+            estimate, confidence = (estimate, confidence) if np.isnan(claimed[i]) else (claimed[i], 1.0)
             matrix[i, i] += strengths[1] * confidence
-            right[i] += strengths[1] * confidence * literal_weights(values[both], values[i], regulariser) @ known[both]
+            right[i] += strengths[1] * confidence * estimate
         some = near(i, values, places, labels == 128, neighbours[2], weights[2])
         gap = abs(values[some] - values[i]).sum(1) + weights[2] * abs(places[some] - places[i]).sum(1)
         like[i, some] = np.maximum(0, 1 - gap / (channels + sum(s > 1 for s in shape)))
@@ -289,9 +294,110 @@ def test_nothing_known_is_refused():
     (dict(weights=(0.0, 1.0, 1.0)), "weights"), (dict(weights=(np.nan, 1.0, 1.0)), "weights"), (dict(weights=("a", 1.0, 1.0)), "weights"),
     (dict(weights=(1e-80, 1.0, 1.0)), "weight"), (dict(strengths=(1.0, 1.0, 1.0)), "strengths"), (dict(weights=()), "weights"),
     (dict(strengths=(1.0, -1.0, 1.0, 1.0)), "strengths"), (dict(known_to_unknown="yes"), "known_to_unknown"),
+    (dict(trimming="all"), "trimming"), (dict(trimming=True), "trimming"), (dict(trimming=np.zeros(2)), "trimming"),
     (dict(regulariser=1e-30), "regulariser"), (dict(regulariser=0), "regulariser"), (dict(regulariser=np.nan), "regulariser"),
     (dict(regulariser="a"), "regulariser"),
 ])
 def test_options_without_meaning_are_refused(options, name):
     with pytest.raises(InputError, match=f"^{name}: "):
         solve(noisy((1, 4, 16)), 1e-6, 100, **options)
+
+
+def literal_edges(problem, p, side):
+    "The edge rule for one voxel, over all known voxels of a side; the nearest one speaks."
+    values, places = problem.image.reshape(problem.labels.size, -1), np.argwhere(np.ones(problem.labels.shape, bool)) * problem.spacing
+    length = np.sqrt(((places - places[p]) ** 2).sum(1))
+    alike = (256 * np.sqrt(((values - values[p]) ** 2).sum(1)) <= 9 - length) & (problem.labels.ravel() == side)
+    return problem.known.flat[np.where(alike, length, np.inf).argmin()] if alike.any() else np.nan
+
+
+def literal_patches(problem, p):
+    "The patch rule for one voxel: the windows written out, all known voxels sorted by the distance of their means."
+    shape, channels = problem.labels.shape, problem.image.shape[3]
+    edge = [(int(n >= 3), int(n >= 3)) for n in shape]
+    padded = np.pad(problem.image, [*edge, (0, 0)], mode="edge")
+    windows = [padded[tuple(slice(i, i + 1 + 2 * e[0]) for i, e in zip(at, edge))].reshape(-1, channels) for at in np.ndindex(*shape)]
+    means = np.array([w.mean(0) for w in windows])
+    covariances = np.array([(w - w.mean(0)).T @ (w - w.mean(0)) / len(w) + np.eye(channels) / 256**2 for w in windows])
+    places, closest = np.argwhere(np.ones(shape, bool)) * problem.spacing, []
+    for side in (255, 0):
+        some = near(p, means, places, problem.labels.ravel() == side, 5, 0.0015)
+        distances = []
+        for q in some:
+            middle, step = (covariances[p] + covariances[q]) / 2, means[p] - means[q]
+            volume = np.linalg.det(middle) / np.sqrt(np.linalg.det(covariances[p]) * np.linalg.det(covariances[q]))
+            distances.append(step @ np.linalg.inv(middle) @ step / 8 + np.log(volume) / 2)
+        closest.append((min(distances), problem.known.flat[some[np.argmin(distances)]]))
+    (front, inner), (back, outer) = closest
+    return inner if front < 0.25 and back > 0.9 else outer if back < 0.25 and front > 0.9 else np.nan
+
+
+@pytest.mark.parametrize("shape, channels", [((1, 10, 12), 1), ((1, 10, 12), 3), ((4, 6, 7), 1), ((4, 6, 7), 2)])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.5, 0.7, 0.7)])
+def test_trimming_is_its_definition(shape, channels, spacing):
+    random = np.random.default_rng(channels)
+    right = np.arange(shape[2]) >= shape[2] // 2
+    labels = np.where(random.random(shape) < 0.5, 128, np.where(right, 255, 0)).astype(np.uint8)
+    image = 0.3 + 0.1 * right[:, None] + random.normal(0, 0.02, (*shape, channels))
+    problem = replace(make_problem(image, labels, spacing), known=(labels / 255).astype(np.float32) * (labels != 128) * 0.9)
+    rows = np.flatnonzero(labels == 128)
+    edges = [(literal_edges(problem, p, 255), literal_edges(problem, p, 0)) for p in rows]
+    edges = np.array([f if np.isnan(b) else b if np.isnan(f) else np.nan for f, b in edges])
+    patches = np.array([literal_patches(problem, p) for p in rows])
+    found = {rule: trim(problem, labels == 128, rule) for rule in ("edges", "patches", "both")}
+    assert np.array_equal(found["edges"], edges, equal_nan=True) and np.isnan(edges).sum() < edges.size
+    assert np.allclose(found["patches"], patches, rtol=1e-6, equal_nan=True) and np.isnan(patches).sum() < patches.size
+    assert np.allclose(found["both"], np.where(np.isnan(edges), patches, edges), rtol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("trimming", ["edges", "patches", "both"])
+def test_trimmed_voxels_are_tied_to_the_known_value(trimming):
+    problem = noisy((3, 10, 24))
+    unknown = problem.labels == 128
+    claimed = trim(problem, unknown, trimming)
+    estimate, confidence = known_estimate(problem, unknown, 7, 0.3, 1e-3, trimming)
+    plain, plain_confidence = known_estimate(problem, unknown, 7, 0.3, 1e-3)
+    sure = ~np.isnan(claimed)
+    assert sure.any() and not sure.all()
+    assert np.array_equal(estimate[sure], claimed[sure]) and (confidence[sure] == 1).all()
+    assert np.array_equal(estimate[~sure], plain[~sure]) and np.array_equal(confidence[~sure], plain_confidence[~sure])
+    system, without = (InformationFlow(problem, trimming=t) for t in (trimming, "none"))
+    assert np.allclose(system.anchor, 0.05 * confidence) and np.allclose((system.flow - without.flow)[system.home],
+        0.05 * (confidence * estimate - plain_confidence * plain))
+
+
+def test_bhattacharyya_distance_of_equal_distributions_is_zero_and_it_is_symmetric():
+    random = np.random.default_rng(0)
+    a, b = random.random((2, 5, 3))
+    s, t = (m @ m.swapaxes(1, 2) + np.eye(3) for m in random.random((2, 5, 3, 3)))
+    assert abs(bhattacharyya(a, s, a, s)).max() < 1e-12
+    assert np.allclose(bhattacharyya(a, s, b, t), bhattacharyya(b, t, a, s)) and (bhattacharyya(a, s, b, t) > 0).all()
+
+
+def test_opaque_and_transparent_objects_are_told_apart():
+    random, labels = np.random.default_rng(0), np.full((1, 30, 60), 128, np.uint8)
+    labels[..., :20], labels[..., 40:] = 0, 255
+    opaque = np.where(np.arange(60) < 30, 0.2, 0.8)[:, None] + random.normal(0, 0.03, (1, 30, 60, 1))
+    glass = np.where(labels == 128, 0.5, np.where(labels == 0, 0.2, 0.8))[..., None] + random.normal(0, 0.03, (1, 30, 60, 1))
+    opaque, glass = make_problem(opaque, labels), make_problem(glass, labels)
+    assert transparency(opaque, labels == 128) < 0.0099 < transparency(glass, labels == 128)
+    for problem, used in ((opaque, True), (glass, False)):
+        auto = solve(problem, 1e-9, 5000, known_to_unknown="auto").alpha
+        assert np.array_equal(auto, solve(problem, 1e-9, 5000, known_to_unknown=used).alpha)
+    assert transparency(make_problem(opaque.image, np.minimum(labels, 128)), labels == 128) == np.inf
+
+
+@pytest.mark.parametrize("trimming", ["edges", "patches", "both"])
+def test_trimming_survives_constant_images_and_missing_sides(trimming):
+    for labels in (noisy((3, 8, 16)).labels, np.minimum(noisy((3, 8, 16)).labels, 128)):
+        alpha = solve(make_problem(np.full((3, 8, 16, 1), 0.5), labels), 1e-8, 2000, trimming=trimming, known_to_unknown="auto").alpha
+        assert np.isfinite(alpha).all() and alpha.min() > -0.01 and alpha.max() < 1.01
+
+
+def test_stored_weights_change_nothing(monkeypatch):
+    from medmatting import information_flow as module
+
+    problem = noisy((4, 10, 24), channels=3)
+    stored = solve(problem, 1e-8, 1000).alpha
+    monkeypatch.setattr(module, "STORED", 0)
+    assert np.array_equal(stored, solve(problem, 1e-8, 1000).alpha)
