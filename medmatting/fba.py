@@ -41,7 +41,7 @@ def encode_trimap(
         channels += [np.exp(-(distance**2) / (2 * width**2)) for width in WIDTHS]
     return np.stack(channels + classes).astype(np.float32)
 
-# %% ../nbs/27_fba.ipynb #1349ae69
+# %% ../nbs/27_fba.ipynb #fe766952
 class Standardised(nn.Module):
     "Weights with mean 0 and variance 1 for each output channel."
 
@@ -56,9 +56,10 @@ class Standardised(nn.Module):
 def standardise(
     module: nn.Module,  # changed in place
 ) -> nn.Module:  # the same module
-    "Standardise the weights of every convolution inside."
+    "Standardise the weights of every convolution inside, after new random ones."
     for layer in list(module.modules()):
         if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight)
             parametrize.register_parametrization(layer, "weight", Standardised())
     return module
 

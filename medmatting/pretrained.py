@@ -55,7 +55,7 @@ def keep_known(
     "Alpha with the known pixels of the trimap put back."
     return np.select([trimap == BACKGROUND, trimap == FOREGROUND], [0, 1], np.clip(alpha, 0, 1)).astype(np.float32)
 
-# %% ../nbs/26a_pretrained.ipynb #b6787c50
+# %% ../nbs/26a_pretrained.ipynb #bdfa8ffa
 def read_weights(
     path: str | Path,  # .safetensors, or a PyTorch file with any other ending
 ) -> dict[str, torch.Tensor]:  # tensors by name
@@ -72,16 +72,12 @@ def read_weights(
 
 def _open_weights(path: Path):
     "What the file holds, or a refusal if it cannot be read safely."
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        refuse("path", f"{path} without the package safetensors", "a PyTorch file, or that package", "pip install safetensors")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpicklers raise what they like, safetensors has its own type
-        reason = "objects other than tensors" if "weights_only" in str(error) else "truncated or damaged"
+        reason = "objects other than tensors" if "Unsupported global" in str(error) else "truncated or damaged"
         refuse("path", f"{path}, which cannot be read ({reason})", "a complete file of tensors",
                "copy it again, or save model.state_dict() alone")
 
