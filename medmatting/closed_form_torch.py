@@ -11,7 +11,7 @@ import numpy as np
 from .checks import refuse
 from .energy import Region
 
-# %% ../nbs/13_closed_form_torch.ipynb #10615415
+# %% ../nbs/13_closed_form_torch.ipynb #8db2c20c
 def box_sums(
     values,  # (..., D, H, W) tensor
     radius: tuple[int, int, int],  # 0 or 1 for each axis
@@ -20,7 +20,7 @@ def box_sums(
     for axis, reach in zip((-3, -2, -1), radius):
         if reach:
             n = values.shape[axis] - 2
-            values = values.narrow(axis, 0, n) + values.narrow(axis, 1, n) + values.narrow(axis, 2, n)
+            values = (values.narrow(axis, 0, n) + values.narrow(axis, 1, n)).add_(values.narrow(axis, 2, n))
     return values
 
 
@@ -44,15 +44,15 @@ def to_device(name: str):
         refuse("device", repr(name), " or ".join(map(repr, known)), "use the default, 'cpu', or install a CUDA build")
     return torch.device(name)
 
-# %% ../nbs/13_closed_form_torch.ipynb #c2f7ea02
+# %% ../nbs/13_closed_form_torch.ipynb #49b0dbae
 class TorchClosedForm:
     "Closed-form system on the dense crop of a region, in PyTorch (Eq. 2 and 3)."
 
     def __init__(
         self,
         region: Region,  # which voxels and windows take part
-        image: np.ndarray,  # (C, size) float64, image on the spans
-        known: np.ndarray,  # (size,) float64, S on known voxels
+        image: np.ndarray,  # (C, size) float64 or float32, image on the spans; the arithmetic is that of its type
+        known: np.ndarray,  # (size,) S on known voxels
         eps: float = 1e-7,  # regulariser, in squared image units
         constraint_weight: float | None = None,  # lambda of Eq. 3; None: known voxels are exact
         device: str = "cpu",  # PyTorch device
@@ -60,12 +60,18 @@ class TorchClosedForm:
         import torch
 
         self.region, self.device, self.radius = region, to_device(device), region.radius
+        self.number = torch.float64  # of the statistics, whatever the image
+        self.double = lambda: type(self)(region, image.astype(float), known, eps, constraint_weight, device)
         fixed = self._dense(1.0 - region.unknown)
         self.covered = self._dense(np.ones(region.spans.size))
-        self.shift = image.mean(1)
+        self.shift = image.mean(1, dtype=float)
         self.image = torch.stack([self._dense(channel - mean) for channel, mean in zip(image, self.shift)])
         self._fill_windows(eps)
         self._constrain(self._dense(known) * fixed, fixed, constraint_weight)
+        self.number = torch.from_numpy(image[:0]).dtype
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.to(self.number))
 
     def _dense(self, flat: np.ndarray):
         "Values on the spans as a dense crop on the device, zero elsewhere."
@@ -73,7 +79,7 @@ class TorchClosedForm:
 
         dense = np.zeros(self.region.spans.covered.shape)
         self.region.spans.scatter(np.asarray(flat, float), dense)
-        return torch.from_numpy(dense).to(self.device)
+        return torch.from_numpy(dense).to(self.device, self.number)
 
     def _covariances(self):
         "Windows that take part, mean and covariance of the image in each."
@@ -88,7 +94,7 @@ class TorchClosedForm:
         "Centre, matrix and weight of each window."
         import torch
 
-        size, ridge = self.region.window_size, torch.eye(len(self.image), device=self.device).double()
+        size, ridge = self.region.window_size, torch.eye(len(self.image), device=self.device, dtype=self.number)
         covariance = self._covariances() + eps / size * ridge[:, :, None, None, None]
         inverse = torch.linalg.inv(covariance.permute(2, 3, 4, 0, 1)).permute(3, 4, 0, 1, 2)
         self.centre, self.matrix, self.weight = self.mean, inverse / size * self.active, self.active / size
@@ -132,17 +138,24 @@ class TorchClosedForm:
         return 0.0 * self.rhs
 
     def start(self):
-        "First guess."
-        return self.zeros()
+        "First guess, in float64."
+        return self.zeros().double()
+
+    @property
+    def trust(self) -> float:
+        "By what factor the residual may fall before the recursion is compared with the truth."
+        return 0.0 if self.rhs.element_size() == 8 else 1e-4
 
     def residual(self, x, out):
-        "out = b - A x."
+        "out = b - A x, in float64 for any system."
+        if self.rhs.element_size() < 8:
+            return out.copy_(self.double().residual(x, x.clone()))  # the system in float64 lives only here
         self.apply(x, out)
         return out.neg_().add_(self.rhs)
 
     def dot(self, a, b) -> float:
-        "Scalar product."
-        return float((a * b).sum())
+        "Scalar product, summed in float64."
+        return float((a * b).double().sum())
 
     def step(self, a, x, r, p, q) -> tuple[float, float]:
         "x += a p and r -= a q in place; returns r'r/M and r'r."
@@ -163,4 +176,4 @@ class TorchClosedForm:
     def nbytes(self) -> int:
         "Memory of the system's tensors, iteration vectors included."
         tensors = [v for v in vars(self).values() if hasattr(v, "element_size")]
-        return sum(t.numel() * t.element_size() for t in tensors) + 4 * self.rhs.numel() * 8
+        return sum(t.numel() * t.element_size() for t in tensors) + self.rhs.numel() * (8 + 3 * self.rhs.element_size())

@@ -54,14 +54,14 @@ def _multiply(a, b, out):
             for k in range(a.shape[1]):
                 out[i, j] += a[i, k] * b[k, j]
 
-# %% ../nbs/16_learning_based.ipynb #ef0d1e41
+# %% ../nbs/16_learning_based.ipynb #c950ac37
 class LearningBased(WindowSystem):
     "Learning-based matting with the linear kernel, matrix-free."
 
     def __init__(
         self,
         region: Region,  # which voxels and windows take part
-        image: np.ndarray,  # (C, size) float64, image on the spans, in the units of the ridge
+        image: np.ndarray,  # (C, size) float64 or float32, image on the spans, in the units of the ridge
         known: np.ndarray,  # (size,) S on known voxels; ignored on unknown ones
         ridge: float = 1e-7,  # weight of the ridge regression, in squared image units
         constraint_weight: float | None = None,  # soft form; None: known voxels are exact
@@ -71,12 +71,12 @@ class LearningBased(WindowSystem):
 
     def fill_windows(self):
         "Ridge regression in each window."
-        self.scale, self.weight = 1.0, np.zeros(self.active.size)
+        self.scale, self.weight = self.number(1), np.zeros(self.active.size, self.number)
         self.covariances(0.0)
         size = float(self.region.window_size)
         self._run(_learn_windows, self.windows, size, self.ridge, self.centre, self.matrix, self.weight)
 
-# %% ../nbs/16_learning_based.ipynb #fa31e067
+# %% ../nbs/16_learning_based.ipynb #66185517
 class TorchLearningBased(TorchClosedForm):
     "Learning-based matting on the dense crop of a region, in PyTorch."
 
@@ -85,7 +85,7 @@ class TorchLearningBased(TorchClosedForm):
         import torch
 
         covariance, size, n = self._covariances().permute(2, 3, 4, 0, 1), self.region.window_size, len(self.image)
-        mean = self.mean + torch.tensor(self.shift, device=self.device)[:, None, None, None]
+        mean = self.mean + torch.tensor(self.shift, device=self.device, dtype=self.number)[:, None, None, None]
         last = torch.cat([-mean, torch.ones_like(mean[:1])]).permute(1, 2, 3, 0)
         penalty = ridge * last[..., :, None] * last[..., None, :]
         penalty[..., range(n), range(n)] += ridge

@@ -6,7 +6,7 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #03f5e10a
+# %% ../nbs/19_matting.ipynb #675c5225
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,10 +22,10 @@ from .checks import InputError, check_finite, check_spacing, describe, refuse
 from .closed_form import ClosedForm
 from .closed_form_torch import TorchClosedForm, to_device
 from .compiled import kernel
-from .energy import WINDOW_RULES, Problem, Solved, make_region
+from .energy import PRECISIONS, WINDOW_RULES, Problem, Solved, make_region
 from .hounsfield import LUNG, Window, calibrate, check_hu, check_range
 from .learning_based import LearningBased, TorchLearningBased
-from .linear import pcg
+from .linear import ConvergenceError, pcg
 from .regions import solve_groups
 from .trimaps import check_trimap
 from .volumes import Volume, check_same_grid
@@ -80,7 +80,7 @@ def _grids(image, trimap, spacing):
     flat = (1,) * (3 - ndim)  # an image is a volume of one slice
     return (view if ndim == 3 else view[None]), check_trimap(trimap).reshape(flat + np.shape(trimap)), (1.0,) * (3 - ndim) + size
 
-# %% ../nbs/19_matting.ipynb #c1a033db
+# %% ../nbs/19_matting.ipynb #e4f82c4a
 @dataclass(frozen=True)
 class MatteInfo:
     "How a matte was made."
@@ -96,6 +96,7 @@ class MatteInfo:
     overshoot: float  # by how much at most
     seconds: float  # wall time
     megabytes: float  # memory of the system; the factors of a direct solve come on top
+    precision: str  # of the arithmetic that reached the tolerance, "single" or "double"
 
     def _repr_markdown_(self) -> str:
         rows = [f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value} |"
@@ -103,7 +104,7 @@ class MatteInfo:
         rows += [f"| {name} | {value} |" for name, value in self.parameters.items()]
         return "\n".join(["| | |", "|---|---|", *rows])
 
-# %% ../nbs/19_matting.ipynb #69238046
+# %% ../nbs/19_matting.ipynb #f0b4cba2
 DIRECT_LIMIT = 1_500_000  # unknown pixels; the factor of a larger image takes more than a gigabyte
 SOLVERS = ("auto", "matrix-free", "direct")
 
@@ -120,15 +121,16 @@ def solve_windows(
     windows: str = "touching",  # which windows take part
     solver: str = "auto",  # "matrix-free", "direct" or "auto"
     device: str = "cpu",  # PyTorch device
+    precision: str | None = None,  # "single" (volumes, iterative) or "double"; None: single where it can be
 ) -> Solved:  # alpha and what it cost
     "A method that is a sum over windows: each independent region with the solver that suits it."
-    _check_window_options(windows, solver, device)
+    _check_window_options(windows, solver, device, precision)
     make = make_system if device == "cpu" else partial(make_tensors, device=device)
-    solve = partial(_solve_region, make, tol, max_iterations, (eps, constraint_weight), windows, solver, device)
+    solve = partial(_solve_region, make, tol, max_iterations, (eps, constraint_weight), windows, solver, device, precision)
     return solve(problem, progress) if windows == "all" else solve_groups(solve, problem, progress)
 
 
-def _solve_region(make, tol, max_iterations, arguments, windows, solver, device, problem, progress) -> Solved:
+def _solve_region(make, tol, max_iterations, arguments, windows, solver, device, precision, problem, progress) -> Solved:
     "Solve all unknown voxels of a problem together."
     turned = problem.labels.shape[2] == 1  # rows are runs along x, so an axis of one voxel goes first
     if turned:
@@ -138,17 +140,31 @@ def _solve_region(make, tol, max_iterations, arguments, windows, solver, device,
     if solver == "auto":
         small_image = region.radius[0] == 0 and region.unknown.sum() <= DIRECT_LIMIT
         solver = "direct" if small_image and host else "matrix-free"
-    system = make(region, problem.scaled(region.box, spans.covered), spans.gather(problem.known[region.box]), *arguments)
-    solution = solve_direct(system, tol) if solver == "direct" else pcg(system, tol, max_iterations, progress)
+    single = all(region.radius) and solver != "direct"
+    if precision == "single" and not single:
+        refuse("precision", "'single' for an image or a direct solve", "'single' for iterative solves of volumes, or 'double'",
+               "leave it out: images are too badly conditioned, and a direct solve refines to double by itself")
+    known = spans.gather(problem.known[region.box])
+    for precision in PRECISIONS[0 if single and precision != "double" else 1 :]:
+        number = np.float32 if precision == "single" else np.float64
+        system = make(region, problem.scaled(region.box, spans.covered, number), known, *arguments)
+        if precision == "single" and not float(system.diagonal.min()) > 1e-3:
+            continue  # a voxel that rounding would detach: a single window explains it almost exactly
+        try:
+            solution = solve_direct(system, tol) if solver == "direct" else pcg(system, tol, max_iterations, progress)
+            break
+        except ConvergenceError:  # what single precision cannot do, double may
+            if precision == "double":
+                raise
     alpha = problem.known
     spans.scatter(system.alpha(solution.x), alpha[region.box])
     return Solved(np.swapaxes(alpha, 0, 2) if turned else alpha, solution.iterations, solution.residual, solver if host else "torch",
-                  spans.size, system.nbytes)
+                  spans.size, system.nbytes, precision)
 
-# %% ../nbs/19_matting.ipynb #7cb59d45
-def _check_window_options(windows, solver, device):
+# %% ../nbs/19_matting.ipynb #1485bbb7
+def _check_window_options(windows, solver, device, precision):
     "Refuse options that window methods do not understand."
-    for name, value, accepted in (("windows", windows, WINDOW_RULES), ("solver", solver, SOLVERS)):
+    for name, value, accepted in (("windows", windows, WINDOW_RULES), ("solver", solver, SOLVERS), ("precision", precision or "double", PRECISIONS)):
         if value not in accepted:
             refuse(name, repr(value), " or ".join(map(repr, accepted)), "leave it out for the default")
     if solver == "direct" and device != "cpu":
@@ -191,7 +207,7 @@ def _all_options(method: str, given: dict, **numbers) -> dict:
                    "leave it out for the default")
     return options
 
-# %% ../nbs/19_matting.ipynb #a6c72397
+# %% ../nbs/19_matting.ipynb #7d959b48
 def matte(
     image: np.ndarray | Volume,  # (H, W), (D, H, W), or either with up to 3 channels last
     trimap: np.ndarray | Volume,  # (H, W) or (D, H, W): uint8 0/128/255, or floats in [0, 1]
@@ -206,7 +222,7 @@ def matte(
     max_iterations: int = 20_000,  # products with the matrix before giving up with ConvergenceError
     progress: Callable[[int, float], None] | None = None,  # called with iteration and relative residual
     return_info: bool = False,  # also return a MatteInfo
-    **options,  # of the method, see `method_options`: eps, constraint_weight, windows, solver, device for "cf" and "lb"
+    **options,  # of the method, see `method_options`: eps, constraint_weight, windows, solver, device, precision for "cf" and "lb"
 ) -> np.ndarray | Volume | tuple:  # float32 in [0, 1] on the grid of the trimap, a Volume if the image is; with info, (alpha, info)
     "Alpha matte of an image from a trimap (3D Matting, Eq. 2 to 4)."
     began, plus = perf_counter(), str(method).endswith("+")
@@ -227,7 +243,7 @@ def matte(
     parameters |= dict(window=window, foreground=getattr(foreground, "__name__", foreground)) if plus else {}
     return result, MatteInfo(method, parameters, int((labels == 128).sum()), solved.stored, solved.solver, solved.iterations,
                              solved.residual, clipped, overshoot,
-                             perf_counter() - began, solved.nbytes / 1e6)
+                             perf_counter() - began, solved.nbytes / 1e6, solved.precision)
 
 # %% ../nbs/19_matting.ipynb #ca939f10
 @kernel

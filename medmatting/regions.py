@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'independent_groups', 'solve_groups']
 
-# %% ../nbs/18a_regions.ipynb #726b65ee
+# %% ../nbs/18a_regions.ipynb #912d567d
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from .compiled import kernel
-from .energy import Problem, Solved
+from .energy import PRECISIONS, Problem, Solved
 from .linear import thread_count
 
 # %% ../nbs/18a_regions.ipynb #64f1b2e5
@@ -52,7 +52,7 @@ def independent_groups(
         inside[(inside == 128) & ~own[tuple(slice(n) for n in inside.shape)]] = 0  # another group's: out of reach of every window
         yield box, inside
 
-# %% ../nbs/18a_regions.ipynb #f8cee3a5
+# %% ../nbs/18a_regions.ipynb #57c4ab92
 def solve_groups(
     solve: Callable,  # function of a Problem and a progress callback, gives a Solved
     problem: Problem,  # the whole problem; its `known` is written into
@@ -80,4 +80,4 @@ def solve_groups(
             pass
     largest = sorted((s.nbytes for s in done), reverse=True)[:threads]
     return Solved(problem.known, max(s.iterations for s in done), max(s.residual for s in done), done[0].solver,
-                  sum(s.stored for s in done), sum(largest))
+                  sum(s.stored for s in done), sum(largest), max((s.precision for s in done), key=PRECISIONS.index))
