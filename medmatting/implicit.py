@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'BACKENDS', 'COORDINATES', 'regular_taps', 'keep_inside', 'sample_grid', 'sample_deform', 'CompiledSum',
-           'RecomputedSum', 'deformed_sum', 'target_size', 'ImplicitUpsample', 'literal']
+           'RecomputedSum', 'deformed_sum', 'target_size', 'ImplicitUpsample', 'literal', 'saved_bytes',
+           'compare_routes']
 
 # %% ../nbs/23_implicit.ipynb #c25cf9af
 import math
@@ -20,7 +21,7 @@ from .checks import describe, refuse
 from .compiled import kernel
 from .linear import run_chunks
 
-# %% ../nbs/23_implicit.ipynb #b4a27808
+# %% ../nbs/23_implicit.ipynb #f4c2ec7c
 def regular_taps(
     source: int,  # pixels of the feature map along one axis
     target: int,  # pixels asked for along this axis
@@ -30,7 +31,7 @@ def regular_taps(
     numerator = (2 * torch.arange(target) + 1) * source - target  # q = numerator / (2 target)
     nearest_or_left = torch.div(numerator + target * (kernel % 2), 2 * target, rounding_mode="floor")
     first = nearest_or_left - (kernel - 1) // 2
-    return numerator / (2.0 * target), (first[:, None] + torch.arange(kernel)).double()
+    return numerator.double() / (2 * target), (first[:, None] + torch.arange(kernel)).double()
 
 # %% ../nbs/23_implicit.ipynb #22282b73
 def keep_inside(
@@ -41,7 +42,7 @@ def keep_inside(
     last = positions.new_tensor([shape[0] - 1, shape[1] - 1])
     return torch.where(positions < last, positions, last).clamp(min=0)
 
-# %% ../nbs/23_implicit.ipynb #90a4296c
+# %% ../nbs/23_implicit.ipynb #a753deba
 def sample_grid(
     values: torch.Tensor,  # (B, C, H, W)
     positions: torch.Tensor,  # (B, T, h, w, 2) rows and columns inside the map, source pixels
@@ -52,7 +53,7 @@ def sample_grid(
     padded = F.pad(values, (0, last[1] + 1 - values.shape[3], 0, last[0] + 1 - values.shape[2]))
     grid = positions.flip(-1) * (2 / positions.new_tensor(last[::-1])) - 1
     read = F.grid_sample(padded, grid.reshape(batch, taps * height, width, 2), align_corners=True)
-    return read.reshape(batch, -1, taps, height, width)
+    return read.unflatten(2, (taps, height))
 
 # %% ../nbs/23_implicit.ipynb #bde45987
 def sample_deform(
@@ -275,7 +276,7 @@ def target_size(
         refuse("scale", f"{describe(scale)} on {shape[0]} x {shape[1]} pixels", "a factor that leaves at least one pixel", "give a larger scale")
     return pixels
 
-# %% ../nbs/23_implicit.ipynb #101765fa
+# %% ../nbs/23_implicit.ipynb #c217928c
 class ImplicitUpsample(nn.Module):
     "Implicit function over a feature map: vanilla, local ensemble (Eq. 1) or region-aware (Eq. 2)."
 
@@ -329,7 +330,9 @@ class ImplicitUpsample(nn.Module):
         if self.offsets is None:
             return 0.0
         weight, bias = self.offsets.weight.to(features.dtype), self.offsets.bias.to(features.dtype)
-        field = F.pixel_shuffle(F.conv2d(features, weight, bias, padding=1), self.scale)
+        # Pixel shuffle, spelt out because PyTorch's has no backward pass for an empty batch.
+        phases = F.conv2d(features, weight, bias, padding=1).unflatten(1, (2 * self.kernel**2, self.scale, self.scale))
+        field = phases.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
         if field.shape[2:] != size:
             field = F.interpolate(field, size, mode="bilinear", align_corners=False)
         _check_all_finite("offsets", field, "the offset convolution has diverged: lower the learning rate, go back to the last good weights")
@@ -386,3 +389,82 @@ def literal(
     codes = sampler(features, positions)
     terms = [module.mlp(torch.cat([code.movedim(1, -1), way], -1)) for code, way in zip(codes.unbind(2), ways.unbind(1))]
     return sum(terms).movedim(-1, 1)
+
+# %% ../nbs/23_implicit.ipynb #b983510a
+def saved_bytes(
+    call,  # function without arguments that returns a tensor with a graph
+    given: list[torch.Tensor],  # tensors that exist anyway: features, parameters
+) -> int:  # bytes
+    "Activation memory: what autograd keeps for the backward pass."
+    known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        answer = call()  # alive until the sum is taken, so that no storage is used twice
+    total = sum(size for place, size in kept.items() if place not in known)
+    del answer
+    return total
+
+# %% ../nbs/23_implicit.ipynb #149f2db9
+def _routes(module: ImplicitUpsample, features, size) -> dict:
+    "Each way to compute the same, as a function without arguments."
+    def ours(backend):
+        def call():
+            module.backend = backend
+            return module(features, size=size)
+        return call
+
+    routes = {"literal": lambda: literal(module, features, size),
+              "deform_conv2d": lambda: literal(module, features, size, sample_deform),
+              "ours, grid_sample": ours("grid_sample")}  # fmt: skip
+    return routes if features.is_cuda else {**routes, "ours, compiled": ours("compiled")}
+
+
+def compare_routes(
+    batch: int = 4,
+    channels: int = 128,  # C
+    hidden: int = 128,
+    out_channels: int = 64,  # D
+    kernel: int = 2,
+    scale: int = 2,
+    side: int = 64,  # feature map of side x side pixels
+    rounds: int = 3,
+    device: str = "cpu",  # or "cuda"
+    clock=time.perf_counter,  # `time.process_time` counts the seconds of all threads
+):  # pandas.DataFrame: a row for each route
+    "Literal Eq. 2, the same through `deform_conv2d` (Sec. 2.3), and this module: forward plus backward."
+    import pandas as pd
+
+    torch.manual_seed(0)
+    module = ImplicitUpsample(channels, out_channels, hidden, kernel, scale).to(device)
+    nn.init.normal_(module.offsets.weight, std=0.5 / (9 * channels) ** 0.5)
+    features = torch.randn(batch, channels, side, side, device=device, requires_grad=True)
+    size, given = (side * scale, side * scale), [features, *module.parameters()]
+    gradient = torch.randn(batch, out_channels, *size, device=device)
+    routes, best, first, kept, away = _routes(module, features, size), {}, None, {}, {}
+    for turn in range(rounds + 1):  # the first turn warms up and checks
+        for name, call in routes.items():
+            seconds, answer = _forward_backward(call, given, gradient, clock)
+            if turn == 0:
+                kept[name] = saved_bytes(call, given)
+                first = answer if first is None else first
+                away[name] = max(float((a - b).norm() / b.norm()) for a, b in zip(answer, first))
+            else:
+                best[name] = min(seconds, best.get(name, math.inf))
+    rows = [dict(route=name, seconds=best[name], megabytes=kept[name] / 1e6, times_faster=best["literal"] / best[name],
+                 memory=kept[name] / kept["literal"], difference=away[name]) for name in routes]  # fmt: skip
+    return pd.DataFrame(rows).set_index("route")
+
+
+def _forward_backward(call, given, gradient, clock) -> tuple[float, list[torch.Tensor]]:
+    "Seconds of one pass, and the answer with its derivatives."
+    synchronise = torch.cuda.synchronize if gradient.is_cuda else lambda: None
+    synchronise()
+    began = clock()
+    answer = call()
+    answers = [answer.detach(), *torch.autograd.grad(answer, given, gradient)]
+    synchronise()
+    return clock() - began, answers
