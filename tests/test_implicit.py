@@ -119,13 +119,7 @@ def test_gradients_in_double_precision(backend):
     parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
     names = [name for name, _ in module.named_parameters()]
     call = lambda codes, *values: torch.func.functional_call(module, dict(zip(names, values)), (codes,))
-    if backend == "deform_conv2d":
-        call = lambda codes, *values: functional(module, names, values, codes)
     assert torch.autograd.gradcheck(call, (features, *parameters))
-
-
-def functional(module, names, values, codes):
-    return torch.func.functional_call(module, dict(zip(names, values)), (codes,))
 
 
 def test_samplers_agree_on_the_codes_where_the_kinks_are():
