@@ -154,6 +154,20 @@ def test_spectral_layers_have_largest_singular_value_one(layer):
 # ---- the network
 
 
+def test_prior_tokens_come_as_unknown_background_foreground_at_each_resolution(small):
+    rgb, trimap = tensors(64, 32)
+    seen, hooks = [], []
+    for stage in small.encoder.layers:
+        hooks.append(stage.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])))
+    with torch.no_grad():
+        small(rgb, trimap)
+    for hook in hooks:
+        hook.remove()
+    for step, areas in zip((4, 8, 16, 32), seen, strict=True):
+        for q, channel in enumerate((1, 0, 2)):  # the trimap comes as background, unknown, foreground
+            assert torch.equal(areas[0, ..., q], trimap[0, channel, ::step, ::step])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (31, 33), (32, 64)])
 def test_any_size_is_answered_in_that_size(small, size):
     with torch.no_grad():
