@@ -11,6 +11,7 @@ from medmatting import linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
 from medmatting.information_flow import InformationFlow, bhattacharyya, known_estimate, mix, mixture_weights, solve, transparency, trim
+from medmatting.linear import pcg
 from problems import make_problem, noisy
 
 OPTIONS = dict(trimming="both", neighbours=(8, 3, 4), weights=(0.1, 1.0, 0.005), strengths=(1.0, 0.05, 0.01, 0.7), regulariser=1e-3, eps=1e-5)
@@ -401,3 +402,26 @@ def test_stored_weights_change_nothing(monkeypatch):
     stored = solve(problem, 1e-8, 1000).alpha
     monkeypatch.setattr(module, "STORED", 0)
     assert np.array_equal(stored, solve(problem, 1e-8, 1000).alpha)
+
+
+@pytest.mark.parametrize("shape, channels", [((1, 40, 90), 1), ((1, 40, 90), 3), ((40, 1, 90), 3)])
+@pytest.mark.parametrize("constraint_weight", [None, 20.0])
+@pytest.mark.parametrize("local", [1e-9, 1.0, 30.0, 1e4])
+def test_factor_of_the_local_term_gives_the_alpha_of_jacobi(shape, channels, constraint_weight, local):
+    system = InformationFlow(noisy(shape, channels=channels), strengths=(1.0, 0.01, 0.001, local), constraint_weight=constraint_weight)
+    quick = pcg(system, 1e-9)
+    system.inner = None
+    slow = pcg(system, 1e-9)
+    assert abs(quick.x - slow.x).max() < 1e-5 and quick.residual <= 1e-9
+    assert quick.iterations < slow.iterations / 3 or local < 1
+
+
+def test_local_term_that_cannot_be_factorised_falls_back_to_jacobi(monkeypatch):
+    from medmatting import information_flow as module
+
+    problem = noisy((1, 20, 40))
+    alpha = solve(problem, 1e-9, 5000).alpha
+    for name, value in (("factorise", lambda *arguments: None), ("FACTOR_LIMIT", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert abs(solve(problem, 1e-9, 5000).alpha - alpha).max() < 1e-5
