@@ -305,13 +305,13 @@ class WindowSystem(HostSystem):
         vectors = self.known.size * (8 + 3 * self.jacobi.itemsize)
         return sum(arrays.values()) + vectors
 
-# %% ../nbs/12_closed_form.ipynb #b081d54e
+# %% ../nbs/12_closed_form.ipynb #5ac4b4e8
 def _slab(system: WindowSystem, first: int, last: int) -> tuple:
     "Chunks first to last of the voxels in float64: the system, and the stretch of storage that it stands for."
     runs = slice(*system.voxels.bounds[[first, last]])
     begin, source = system.voxels.begin[runs], system.voxels.source[runs]
     stored = source[source < system.known.size].astype(int)
-    windows = system.windows.near(stored.min(initial=0) - 1, stored.max(initial=0) + system.voxels.longest + 1)
+    windows = system.windows.near(stored.min() - 1, stored.max() + system.voxels.longest + 1)
     rows = system.windows.source[windows].astype(int)
     low = min(rows.min() - 1, int(begin[0]))
     high = min(max(rows.max() + system.windows.longest, int(begin[-1])) + system.voxels.longest + 1, system.known.size)

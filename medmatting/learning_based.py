@@ -13,7 +13,22 @@ from .closed_form_torch import TorchClosedForm, box_sums
 from .compiled import kernel
 from .energy import Region
 
-# %% ../nbs/16_learning_based.ipynb #dd844181
+# %% ../nbs/16_learning_based.ipynb #a22fc039
+@kernel
+def _learn_grey(low, n, size, ridge, mean, variance, weight):
+    "The same for one channel: windows low to low + n, in place."
+    for k in range(n):
+        m, v = mean[low + k], variance[low + k]
+        spread = size * (v + 1.0 + m * m)
+        determinant = size * size * v + ridge * spread + ridge * ridge
+        a, b = (size + ridge) / determinant, ridge * m / determinant  # G e
+        c, d = size * m / determinant, (size * v + ridge) / determinant  # G f, the second with its sign turned
+        first, cross = a + ridge * (a * a + c * c), b + ridge * (a * b - c * d)
+        outer = size * size * v + 2.0 * ridge * spread + 4.0 * ridge * ridge
+        mean[low + k], variance[low + k] = m - cross / first, first
+        weight[low + k] = outer / (determinant * determinant * first)
+
+# %% ../nbs/16_learning_based.ipynb #03680f12
 @kernel
 def _learn_windows(start, stop, bounds, begin, length, source, longest, image, size, ridge, centre, matrix, weight):
     "From mean and covariance to the centre, matrix and weight of learning-based matting."
@@ -23,6 +38,9 @@ def _learn_windows(start, stop, bounds, begin, length, source, longest, image, s
     inverse, product, result = np.empty((n, n)), np.empty((n, n)), np.empty((n, n))
     spread, inside = np.empty((channels, channels)), np.empty((channels, channels))
     for run in range(bounds[start], bounds[stop]):
+        if channels == 1:  # most volumes
+            _learn_grey(begin[run] + ONE, length[run], size, ridge, centre[0], matrix[0, 0], weight)
+            continue
         for k in range(begin[run] + ONE, begin[run] + ONE + length[run]):
             for c in range(n):
                 for d in range(n):
