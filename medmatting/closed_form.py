@@ -201,7 +201,7 @@ def _collect(start, stop, bounds, begin, length, source, longest, image, count, 
         for k in range(begin[-1] + length[-1], np.uint64(out.size)):
             out[k] = 0.0
 
-# %% ../nbs/12_closed_form.ipynb #6a331016
+# %% ../nbs/12_closed_form.ipynb #1d8c80da
 class WindowSystem(HostSystem):
     "Matrix-free system of a sum over windows on the stored voxels of a region (Eq. 2 and 3)."
 
@@ -275,14 +275,12 @@ class WindowSystem(HostSystem):
         "out = what Eq. 2 leaves to be done on the free voxels, in float64 for any system."
         if self.number is np.float64:
             self.apply(x, out)
-        else:
-            product = np.zeros(x.size)
-            _apply_double(self, x, product)
-            np.subtract(self.penalty * self.known if not self.exact else 0.0, product, out=out, casting="same_kind")
-            return out
-        np.negative(out, out=out)
-        if not self.exact:
-            out += self.penalty * self.known
+            np.negative(out, out=out)
+            return out if self.exact else np.add(out, self.penalty * self.known, out=out)
+        out[:] = 0
+        for part, stretch, own in _slabs(self):
+            left = part.residual(x[stretch], np.empty(stretch.stop - stretch.start))
+            out[own] = left[own.start - stretch.start : own.stop - stretch.start]
         return out
 
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
@@ -305,38 +303,34 @@ class WindowSystem(HostSystem):
         vectors = self.known.size * (8 + 3 * self.jacobi.itemsize)
         return sum(arrays.values()) + vectors
 
-# %% ../nbs/12_closed_form.ipynb #5ac4b4e8
-def _slab(system: WindowSystem, first: int, last: int) -> tuple:
-    "Chunks first to last of the voxels in float64: the system, and the stretch of storage that it stands for."
-    runs = slice(*system.voxels.bounds[[first, last]])
-    begin, source = system.voxels.begin[runs], system.voxels.source[runs]
+# %% ../nbs/12_closed_form.ipynb #64b468a7
+def _slabs(system: WindowSystem):
+    "The system in float64, some chunks at a time: it, the stretch of storage that it sees, and the part of it that is its own."
+    for first in range(0, system.voxels.chunks, SLAB):
+        runs = slice(*system.voxels.bounds[[first, min(first + SLAB, system.voxels.chunks)]])
+        begin = system.voxels.begin[runs]
+        if begin.size:  # else only known voxels
+            own = slice(int(begin[0]), int(begin[-1] + system.voxels.length[runs][-1]))
+            yield *_slab(system, runs, own), own
+
+
+def _slab(system: WindowSystem, runs: slice, own: slice) -> tuple[WindowSystem, slice]:
+    "The system of some runs of voxels in float64, and the stretch of storage that it sees."
+    source = system.voxels.source[runs]
     stored = source[source < system.known.size].astype(int)
     windows = system.windows.near(stored.min() - 1, stored.max() + system.voxels.longest + 1)
     rows = system.windows.source[windows].astype(int)
-    low = min(rows.min() - 1, int(begin[0]))
-    high = min(max(rows.max() + system.windows.longest, int(begin[-1])) + system.voxels.longest + 1, system.known.size)
-    part = copy(system)
-    part.number, part.image = np.float64, system.image[:, low:high].astype(float)
+    low = min(rows.min() - 1, own.start)
+    high = min(max(rows.max() + system.windows.longest, own.stop) + system.voxels.longest + 1, system.known.size)
+    part, seen = copy(system), slice(low, high)
+    part.number, part.image = np.float64, system.image[:, seen].astype(float)
     part.windows, part.voxels = system.windows.cut(windows, low, high), system.voxels.cut(runs, low, high)
     part.active = np.zeros(part._make_windows(high - low), np.uint8)
-    part.active[1 : high - low + 1] = system.region.active[low:high]
-    part.scale, part.weight, part.count = 1 / system.region.window_size, part.active, system.count[low:high]
-    part.region = replace(system.region, unknown=system.region.unknown[low:high], active=system.region.active[low:high])
+    part.active[1 : high - low + 1] = system.region.active[seen]
+    part.scale, part.weight, part.count = 1 / system.region.window_size, part.active, system.count[seen]
+    part.known, part.region = system.known[seen], replace(system.region, unknown=system.region.unknown[seen], active=system.region.active[seen])
     part.fill_windows()
-    return part, slice(low, high)
-
-
-def _apply_double(system: WindowSystem, x: np.ndarray, out: np.ndarray):
-    "out = A x for x in float64, slab by slab."
-    out[:] = 0
-    for first in range(0, system.voxels.chunks, SLAB):
-        last = min(first + SLAB, system.voxels.chunks)
-        if system.voxels.bounds[first] == system.voxels.bounds[last]:
-            continue  # only known voxels
-        part, stretch = _slab(system, first, last)
-        product = np.empty(stretch.stop - stretch.start)
-        part.apply(x[stretch], product)
-        out[stretch] += product  # zero outside the voxels of the slab
+    return part, seen
 
 # %% ../nbs/12_closed_form.ipynb #826970c1
 class ClosedForm(WindowSystem):
