@@ -50,7 +50,7 @@ class Window:
 LUNG = Window(-600, 1500)
 MEDIASTINUM = Window(40, 400)
 
-# %% ../nbs/05_hounsfield.ipynb #54079a42
+# %% ../nbs/05_hounsfield.ipynb #f8e35689
 def check_hu(
     hu: np.ndarray | Volume,  # CT in HU, any shape
     name: str = "hu",  # argument name for the message
@@ -65,8 +65,7 @@ def check_hu(
     if not array.size:
         return array
     check_finite(name, array)
-    low, high = array.min(), array.max()
-    if array.dtype.kind == "f" and 0 <= low < high <= 1:
+    if array.dtype.kind == "f" and 0 <= array.min() < array.max() <= 1:
         refuse(name, describe(array), accepted, "this image was scaled to [0, 1] already, pass the original HU")
     return array
 

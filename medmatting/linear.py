@@ -17,7 +17,7 @@ import numpy as np
 from .compiled import kernel
 from .energy import CHUNK
 
-# %% ../nbs/11_linear.ipynb #d416bb45
+# %% ../nbs/11_linear.ipynb #ce84dd0c
 def thread_count() -> int:
     "Threads to use: `NUMBA_NUM_THREADS` if set, otherwise the processors this process may run on."
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -35,7 +35,7 @@ def run_chunks(
     *arguments,  # passed on
 ):
     "Run a kernel over all chunks, on several threads where that pays."
-    threads = max(min(thread_count(), chunks // 2), 1)
+    threads = min(thread_count(), chunks // 2) if chunks > 3 else 1
     cuts = [chunks * i // threads for i in range(threads + 1)]
     jobs = [_pool(threads).submit(kernel, a, b, *arguments) for a, b in zip(cuts[1:-1], cuts[2:])]
     kernel(0, cuts[1], *arguments)  # this thread takes the first share

@@ -6,7 +6,7 @@
 __all__ = ['DIRECT_LIMIT', 'SOLVERS', 'METHODS', 'METHOD_NAMES', 'intensity_limits', 'MatteInfo', 'solve_windows',
            'method_options', 'matte']
 
-# %% ../nbs/19_matting.ipynb #675c5225
+# %% ../nbs/19_matting.ipynb #e702d950
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,11 +21,10 @@ from .assembled import solve_direct
 from .checks import InputError, check_finite, check_spacing, describe, refuse
 from .closed_form import ClosedForm
 from .closed_form_torch import TorchClosedForm, to_device
-from .compiled import kernel
 from .energy import PRECISIONS, WINDOW_RULES, Problem, Solved, make_region
 from .hounsfield import LUNG, Window, calibrate, check_hu, check_range
 from .learning_based import LearningBased, TorchLearningBased
-from .linear import ConvergenceError, pcg
+from .linear import ConvergenceError, pcg, run_chunks
 from .regions import solve_groups
 from .trimaps import check_trimap
 from .volumes import Volume, check_same_grid
@@ -207,7 +206,7 @@ def _all_options(method: str, given: dict, **numbers) -> dict:
                    "leave it out for the default")
     return options
 
-# %% ../nbs/19_matting.ipynb #7d959b48
+# %% ../nbs/19_matting.ipynb #ff1a700a
 def matte(
     image: np.ndarray | Volume,  # (H, W), (D, H, W), or either with up to 3 channels last
     trimap: np.ndarray | Volume,  # (H, W) or (D, H, W): uint8 0/128/255, or floats in [0, 1]
@@ -235,35 +234,51 @@ def matte(
     tol = tol or (1e-6 if len(labels) > 1 else 1e-7)
     solved = METHODS[method.rstrip("+")](Problem(voxels, limits, labels, known, size), tol, max_iterations, progress, **options)
     alpha = np.ascontiguousarray(solved.alpha).reshape(np.shape(trimap))
-    clipped, overshoot = _clip(alpha.reshape(-1))
+    unknown, clipped, overshoot = _clip(alpha, labels, options.get("constraint_weight"))
     result = image.with_array(alpha, unit="", channels=False) if isinstance(image, Volume) else alpha
     if not return_info:
         return result
     parameters = dict(scaled=limits, tol=tol, spacing=size[3 - alpha.ndim :], **options)
     parameters |= dict(window=window, foreground=getattr(foreground, "__name__", foreground)) if plus else {}
-    return result, MatteInfo(method, parameters, int((labels == 128).sum()), solved.stored, solved.solver, solved.iterations,
+    return result, MatteInfo(method, parameters, unknown, solved.stored, solved.solver, solved.iterations,
                              solved.residual, clipped, overshoot,
                              perf_counter() - began, solved.nbytes / 1e6, solved.precision)
 
-# %% ../nbs/19_matting.ipynb #ca939f10
-@kernel
-def _clip(alpha):
-    "Clip to [0, 1] in place; how many left it by more than 1e-6, and by how much at most."
-    clipped, overshoot = 0, 0.0
-    for k in range(alpha.size):
-        inside = min(max(alpha[k], np.float32(0)), np.float32(1))
-        beyond = float(abs(alpha[k] - inside))
-        clipped += beyond > 1e-6
-        overshoot = max(overshoot, beyond)
-        alpha[k] = inside
-    return clipped, overshoot
+# %% ../nbs/19_matting.ipynb #d279842d
+def _clip(alpha, labels, soft) -> tuple[int, int, float]:
+    "Clip to [0, 1] in place: unknown voxels, how many left it by more than 1e-6, and by how much at most."
+    parts, found = alpha.reshape(labels.shape), np.zeros((len(labels), 3))
+    run_chunks(_clip_slices, len(labels), parts, labels, soft is not None, found)
+    return int(found[:, 0].sum()), int(found[:, 1].sum()), float(found[:, 2].max())
+
+
+def _clip_slices(first, last, alpha, labels, soft, found):
+    "Some slices of `_clip`; soft constraints move known voxels as well."
+    for z in range(first, last):
+        unknown = labels[z] == 128
+        solved = np.ones_like(unknown) if soft else unknown
+        found[z, 0] = np.count_nonzero(unknown)
+        if found[z, 0] or soft:
+            values = alpha[z][solved]
+            inside = np.clip(values, 0, 1)
+            beyond = abs(values - inside)
+            found[z, 1:] = np.count_nonzero(beyond > 1e-6), beyond.max()
+            alpha[z][solved] = inside
+
+
+def _fill_foreground(first, last, labels, values):
+    "1 in the foreground of some slices."
+    for z in range(first, last):
+        values[z][labels[z] == 255] = 1
 
 
 def _known_values(hu, labels, plus, window, foreground) -> np.ndarray:
     "S of Eq. 3 as float32: 0 in the background, 1 or the calibrated value of Eq. 4 in the foreground."
-    inside = labels == 255
-    values = inside.astype(np.float32)
-    if plus:
+    values = np.zeros(labels.shape, np.float32)
+    if not plus:
+        run_chunks(_fill_foreground, len(labels), labels, values)
+    else:
+        inside = labels == 255
         if foreground is not None and not callable(foreground):
             refuse("foreground", describe(foreground), "a function of HU", "use functools.partial(medmatting.calibrate, ...)")
         calibrated = np.asarray(foreground(hu[inside]) if foreground else calibrate(hu[inside], window))

@@ -5,29 +5,27 @@
 # %% auto #0
 __all__ = ['BLOCK', 'independent_groups', 'solve_groups']
 
-# %% ../nbs/18a_regions.ipynb #912d567d
+# %% ../nbs/18a_regions.ipynb #5227bad1
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
-from .compiled import kernel
 from .energy import PRECISIONS, Problem, Solved
-from .linear import thread_count
+from .linear import run_chunks, thread_count
 
-# %% ../nbs/18a_regions.ipynb #64f1b2e5
+# %% ../nbs/18a_regions.ipynb #1c840ae7
 BLOCK = 8  # voxels along each axis; anything above two keeps groups independent
 
 
-@kernel
-def _mark_blocks(labels, marked):
-    "Blocks that hold an unknown voxel."
-    for z in range(labels.shape[0]):
-        for y in range(labels.shape[1]):
-            for x in range(labels.shape[2]):
-                if labels[z, y, x] == 128:
-                    marked[z // BLOCK, y // BLOCK, x // BLOCK] = True
+def _mark_blocks(first, last, labels, marked):
+    "Blocks that hold an unknown voxel; a layer of blocks is one chunk."
+    for layer in range(first, last):
+        held = (labels[layer * BLOCK : (layer + 1) * BLOCK] == 128).any(0)  # small enough for the cache
+        for axis in (0, 1):
+            held = np.logical_or.reduceat(held, np.arange(0, held.shape[axis], BLOCK), axis)
+        marked[layer] = held
 
 
 def independent_groups(
@@ -37,14 +35,14 @@ def independent_groups(
     from scipy.ndimage import find_objects, label
 
     marked = np.zeros([-(-n // BLOCK) for n in labels.shape], bool)
-    _mark_blocks(labels, marked)
+    run_chunks(_mark_blocks, len(marked), labels, marked)
     group, count = label(marked, np.ones((3, 3, 3)))
-    if count == 1:
-        yield (slice(0, None),) * 3, labels
-        return
     for number, blocks in enumerate(find_objects(group), start=1):
         wide = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in blocks)
         box = tuple(slice(s.start * BLOCK, min(s.stop * BLOCK, n)) for s, n in zip(wide, labels.shape))
+        if count == 1:
+            yield box, labels[box]
+            return
         own = group[wide] == number
         for axis in range(3):
             own = own.repeat(BLOCK, axis)
@@ -52,28 +50,27 @@ def independent_groups(
         inside[(inside == 128) & ~own[tuple(slice(n) for n in inside.shape)]] = 0  # another group's: out of reach of every window
         yield box, inside
 
-# %% ../nbs/18a_regions.ipynb #57c4ab92
+# %% ../nbs/18a_regions.ipynb #3bc64ed5
 def solve_groups(
-    solve: Callable,  # function of a Problem and a progress callback, gives a Solved
-    problem: Problem,  # the whole problem; its `known` is written into
+    solve: Callable,  # function of a Problem and a progress callback; puts alpha into `known` where its windows reach
+    problem: Problem,  # the whole problem; its `known` becomes alpha
     progress: Callable[[int, float], None] | None = None,  # called with the number of groups solved and the part left; for one group by its solver
 ) -> Solved:  # alpha of the whole
     "Solve each independent group of unknown voxels and put the pieces together."
     groups = list(independent_groups(problem.labels))
-    if len(groups) == 1:
-        return solve(problem, progress)
-    threads = thread_count()
+    threads, alone = thread_count(), len(groups) == 1
     done = []
 
     def one(group):
         box, labels = group
-        known = np.where(labels == 128, 0, problem.known[box])
-        solved = solve(replace(problem, image=problem.image[box], labels=labels, known=known.copy()), None)  # solvers write into it
-        done.append(solved)
-        if progress is not None:
+        part = replace(problem, image=problem.image[box], labels=labels, known=problem.known[box])
+        done.append(solve(part, progress if alone else None))
+        if progress is not None and not alone:
             progress(len(done), 1 - len(done) / len(groups))
-        changed = solved.alpha != known  # soft constraints move known voxels too
-        problem.known[box][changed] = solved.alpha[changed]
+
+    if alone:
+        one(groups[0])
+        return replace(done[0], alpha=problem.known)
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(one, groups):

@@ -55,12 +55,14 @@ def _from_floats(array: np.ndarray) -> np.ndarray:
                "divide grey levels by 255, or make 0/128/255 of them with clean_trimap")
     return np.where(array == 0, BACKGROUND, np.where(array == 1, FOREGROUND, UNKNOWN)).astype(np.uint8)
 
-# %% ../nbs/04_trimaps.ipynb #8aeb7b5b
+# %% ../nbs/04_trimaps.ipynb #732bf412
 def _count(array: np.ndarray) -> dict[str, int]:
     "Voxels of each class; refuses a dtype other than uint8 and values other than 0, 128, 255."
     if array.dtype == np.uint8:
         values = {"background": BACKGROUND, "unknown": UNKNOWN, "foreground": FOREGROUND}
-        counts = {name: int(np.count_nonzero(array == value)) for name, value in values.items()}
+        step = max(2**19 // array[0].size, 1)  # some slices at a time, which stay in the cache
+        parts = [array[z : z + step] for z in range(0, len(array), step)]
+        counts = {name: sum(int(np.count_nonzero(part == value)) for part in parts) for name, value in values.items()}
         if sum(counts.values()) == array.size:
             return counts
     _refuse_values(array)
