@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'BATCH', 'TRIMMINGS', 'REACH', 'GREYS', 'NEAR', 'OTHER', 'BINS', 'RIM', 'TRANSPARENT', 'FACTOR_LIMIT', 'SHARE',
-           'STORED', 'SLAB', 'WEIGHTS', 'STRENGTHS', 'REGULARISERS', 'TRIMMED', 'mix', 'mixture_weights',
-           'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local', 'InformationFlow', 'solve']
+           'STORED', 'SLAB', 'MANY', 'PRECISIONS', 'WEIGHTS', 'STRENGTHS', 'REGULARISERS', 'SMOOTH', 'mix',
+           'mixture_weights', 'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local',
+           'InformationFlow', 'solve']
 
-# %% ../nbs/17_information_flow.ipynb #b690cfbf
+# %% ../nbs/17_information_flow.ipynb #11ede02f
 from dataclasses import replace
 from numbers import Real
 from typing import Callable
@@ -19,7 +20,7 @@ from .checks import describe, refuse
 from .closed_form import ClosedForm, invert
 from .compiled import kernel
 from .energy import Problem, Solved, make_region
-from .linear import CHUNK, HostSystem, pcg, run_chunks
+from .linear import CHUNK, ConvergenceError, HostSystem, pcg, run_chunks
 from .neighbours import displacements, intensities, nearest, possible_targets, squared_distance
 
 # %% ../nbs/17_information_flow.ipynb #31e349dd
@@ -77,17 +78,16 @@ def _batches(problem, rows: np.ndarray, indices: np.ndarray):
         part = slice(begin, begin + BATCH)
         yield part, intensities(problem, indices[part]), intensities(problem, rows[part])
 
-# %% ../nbs/17_information_flow.ipynb #d9baac62
-def _likeness(problem: Problem, rows, indices, weight: float) -> np.ndarray:
-    "u = max(0, 1 - |X_p - X_q|_1 / dim X) of each neighbour, (n, K)."
-    shape, result = problem.labels.shape, np.empty(indices.shape)
+# %% ../nbs/17_information_flow.ipynb #651ce48c
+def _likeness(problem: Problem, rows, indices, weight: float):
+    "Slices of the rows, with u = max(0, 1 - |X_p - X_q|_1 / dim X) of each neighbour, (n, K)."
+    shape = problem.labels.shape
     dimension = problem.image.shape[3] + sum(n > 1 for n in shape)
     for part, values, own in _batches(problem, rows, indices):
         distance = abs(values - own[:, None]).sum(2)
         for here, there, step in zip(np.unravel_index(rows[part], shape), np.unravel_index(indices[part], shape), problem.spacing):
             distance += weight * step * abs(there - here[:, None])
-        result[part] = np.maximum(0.0, 1 - distance / dimension)
-    return result
+        yield part, np.maximum(0.0, 1 - distance / dimension)
 
 
 def known_estimate(
@@ -119,8 +119,8 @@ def known_estimate(
         estimate[sure], confidence[sure] = claimed[sure], 1.0
     return estimate, confidence
 
-# %% ../nbs/17_information_flow.ipynb #1f2adde2
-TRIMMINGS = ("auto", "none", "edges", "patches", "both")
+# %% ../nbs/17_information_flow.ipynb #52cc0883
+TRIMMINGS = ("none", "edges", "patches", "both")
 REACH, GREYS = 9.0, 256  # of the edge rule: mm, and grey values of which one equals one mm
 
 
@@ -250,7 +250,7 @@ def transparency(
         errors.append(nnls(np.stack([front, back], axis=1), mixed)[1] ** 2)
     return float(np.mean(errors))
 
-# %% ../nbs/17_information_flow.ipynb #1c38273b
+# %% ../nbs/17_information_flow.ipynb #ed799677
 @kernel
 def _weigh(i, neighbours, count, mean, slope, image, weights):
     "Mixture weights of the free neighbours in row i."
@@ -264,11 +264,10 @@ def _weigh(i, neighbours, count, mean, slope, image, weights):
 
 @kernel
 def _spread(first, last, cuts, low, place, home, mixture, free, mean, slope, image, alike, links, strength, stored, anchor, p, parts):
-    "Colour mixture, known to unknown and within the unknown: their product with p, a buffer for each slab of rows."
-    weights = np.empty(mixture.shape[1])
+    "Add the product of p with colour mixture, known to unknown and within the unknown to the buffer of each slab of rows."
+    weights = np.empty(mixture.shape[1], stored.dtype)
     for slab in range(first, last):
         part, base = parts[place[slab]:place[slab + 1]], low[slab]
-        part[:] = 0
         for i in range(cuts[slab], cuts[slab + 1]):
             own, near, total = p[home[i]], mixture[i, : free[i]], 0.0
             if stored.shape[0]:
@@ -290,7 +289,7 @@ def _spread(first, last, cuts, low, place, home, mixture, free, mean, slope, ima
 
 @kernel
 def _collect(first, last, low, place, scale, penalty, size, p, parts, out, sums):
-    "out = scale out + the sum of the slabs, and the penalty behind `size`; sums holds p'out of each chunk."
+    "out = scale out + the sum of the slabs, which are emptied, and the penalty behind `size`; sums holds p'out of each chunk."
     for chunk in range(first, last):
         begin, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, p.size)
         for i in range(begin, stop):
@@ -300,15 +299,16 @@ def _collect(first, last, low, place, scale, penalty, size, p, parts, out, sums)
             a, b = max(begin, base), min(stop, base + place[slab + 1] - place[slab])
             for i in range(a, b):
                 out[i] += parts[place[slab] + i - base]
+                parts[place[slab] + i - base] = 0
         sums[chunk] = 0.0
         for i in range(begin, stop):
             sums[chunk] += p[i] * out[i]
 
-# %% ../nbs/17_information_flow.ipynb #08aa6f12
+# %% ../nbs/17_information_flow.ipynb #d77e4e2d
 @kernel
 def _total(home, mixture, free, mean, slope, image, alike, links, strength, stored, anchor, constant, diagonal, right):
     "Add the diagonal of the three terms, and strength (1 - W)' constant to the right-hand side; keeps the weights if `stored` has room."
-    weights = np.empty(mixture.shape[1])
+    weights = np.empty(mixture.shape[1], stored.dtype)
     for i in range(home.size):
         diagonal[home[i]] += strength + anchor[i]
         right[home[i]] += strength * constant[i]
@@ -322,6 +322,18 @@ def _total(home, mixture, free, mean, slope, image, alike, links, strength, stor
         for k in range(alike.shape[1]):
             diagonal[home[i]] += links[i, k]
             diagonal[alike[i, k]] += links[i, k]
+
+
+@kernel
+def _extent(begin, stop, home, mixture, free, alike):
+    "First and last position that some rows touch."
+    low, high = np.int64(home[begin]), np.int64(home[stop - 1])
+    for i in range(begin, stop):
+        for k in range(free[i]):
+            low, high = min(low, np.int64(mixture[i, k])), max(high, np.int64(mixture[i, k]))
+        for k in range(alike.shape[1]):
+            low, high = min(low, np.int64(alike[i, k])), max(high, np.int64(alike[i, k]))
+    return low, high
 
 
 @kernel
@@ -352,9 +364,10 @@ def factorise_local(system) -> tuple[np.ndarray, Factor] | None:  # the free sto
     factor = factorise(stencil, tree)
     return None if factor is None else (voxels, factor)
 
-# %% ../nbs/17_information_flow.ipynb #f8fdad5e
+# %% ../nbs/17_information_flow.ipynb #50d2fb0f
 STORED = 2**23  # mixture weights that are kept, at most
-SLAB = 5_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
+SLAB, MANY = 5_000, 2**20  # rows for which a slab of its own pays; at most 8 slabs whatever the number of threads, 4 for many rows
+PRECISIONS = {"single": np.float32, "double": np.float64}
 
 
 class InformationFlow(HostSystem):
@@ -371,120 +384,146 @@ class InformationFlow(HostSystem):
         trimming: str = "none",  # of the second term: "none", "edges", "patches" or "both"
         eps: float = 1e-7,  # of the local term
         constraint_weight: float | None = None,  # lambda of the soft form; None: known voxels are exact
+        precision: str = "double",  # of the arithmetic, "single" or "double"
     ):
-        self.region = region = make_region(problem.labels)
+        self.region, self.number = make_region(problem.labels), PRECISIONS[precision]
         self.strength, self.penalty, self.exact = strengths[0], constraint_weight or 0.0, constraint_weight is None
-        self.scale = strengths[3] / region.window_size
-        values = problem.scaled(region.box, region.spans.covered)
-        known = region.spans.gather(problem.known[region.box]).astype(float)
-        self.local = ClosedForm(region, values, known, eps, None if self.exact else constraint_weight / self.scale)
-        self.home = np.flatnonzero(region.unknown).astype(np.uint32)
-        self._mix_colours(problem, neighbours[0], weights[0], regulariser)
-        self._join_unknown(problem, neighbours[2], weights[2], strengths[2])
-        self._cut_slabs()
+        self.scale = strengths[3] / self.region.window_size
+        self.home = np.flatnonzero(self.region.unknown).astype(np.uint32)
+        unknown = problem.labels == 128
         if known_to_unknown == "auto":
-            known_to_unknown = transparency(problem, problem.labels == 128) <= TRANSPARENT
-        self._tie_to_known(problem, neighbours[1], weights[1], strengths[1] if known_to_unknown else 0.0, regulariser, trimming)
-        flat = sum(region.radius) == 2 and self.home.size <= FACTOR_LIMIT
+            known_to_unknown = transparency(problem, unknown) <= TRANSPARENT
+        self._tie_to_known(problem, unknown, neighbours[1], weights[1], strengths[1] if known_to_unknown else 0.0, regulariser, trimming)
+        alike = self._join_unknown(problem, unknown, neighbours[2], weights[2], strengths[2])
+        mixture = self._mix_colours(problem, unknown, neighbours[0], weights[0], regulariser)
+        self._place(problem, mixture, eps)
+        self.mixture, self.free = self._positions(problem, mixture)
+        self.alike, _ = self._positions(problem, alike)
+        del self.rank
+        self._cut_slabs()
+        self._total()
+        flat = sum(self.region.radius) == 2 and self.home.size <= FACTOR_LIMIT
         self.inner = factorise_local(self) if flat else None
 
-    def _mix_colours(self, problem, neighbours, weight, regulariser):
-        "The first term: lists, mean and slope of the weights, and what known neighbours contribute."
-        unknown = problem.labels == 128
-        found = nearest(problem, unknown, neighbours, weight)
-        self.mean, self.slope = np.empty((2, self.home.size, problem.image.shape[3]))
-        self.constant = np.zeros(self.home.size)
-        for part, values, own in _batches(problem, found.rows, found.indices):
-            self.mean[part], self.slope[part] = mix(values, own, regulariser)
-            if self.exact:
-                shares = mixture_weights(values, self.mean[part], self.slope[part])
-                self.constant[part] = (shares * problem.known.ravel()[found.indices[part]]).sum(1)
-        self._place(problem, found.indices)
-        self.mixture, self.free = self._positions(problem, found.indices)
+    def _tie_to_known(self, problem, unknown, neighbours, weight, strength, regulariser, trimming):
+        "The second term: `anchor` on the diagonal, `pull` on the right-hand side."
+        self.anchor, self.pull = np.zeros((2, self.home.size), self.number)
+        if strength:
+            estimate, confidence = known_estimate(problem, unknown, neighbours, weight, regulariser, trimming)
+            np.multiply(confidence, strength, out=self.anchor, casting="same_kind")
+            np.multiply(self.anchor, estimate, out=self.pull, casting="same_kind")
 
-    def _place(self, problem, indices):
-        "Positions of the free voxels in the vectors; `far` are known ones that no window holds."
+    def _join_unknown(self, problem, unknown, neighbours, weight, strength):
+        "The third term, halved as in the energy: `links`, and the lists."
+        count = min(neighbours, self.home.size - 1)
+        self.links = np.empty((self.home.size, count), self.number)
+        if not count:
+            return np.empty((self.home.size, 0), np.int32)
+        found = nearest(problem, unknown, count, weight, targets=unknown)
+        for part, likeness in _likeness(problem, found.rows, found.indices, weight):
+            self.links[part] = 0.5 * strength * likeness
+        return found.indices
+
+    def _mix_colours(self, problem, unknown, neighbours, weight, regulariser):
+        "The first term: mean and slope of the weights, what known neighbours contribute, and the lists."
+        found = nearest(problem, unknown, neighbours, weight)
+        self.mean, self.slope = np.empty((2, self.home.size, problem.image.shape[3]), self.number)
+        self.constant = np.zeros(self.home.size, self.number)
+        for part, values, own in _batches(problem, found.rows, found.indices):
+            mean, slope = self.mean[part], self.slope[part] = mix(values, own, regulariser)
+            if self.exact:
+                shares = mixture_weights(values, mean, slope)
+                self.constant[part] = (shares * problem.known.ravel()[found.indices[part]]).sum(1)
+        return found.indices
+
+    def _place(self, problem, indices, eps):
+        "The local term; positions of the free voxels in the vectors; `far` are known ones that no window holds."
         spans, box, shape = self.region.spans, self.region.box, problem.labels.shape
-        free = np.where(self.local.free, np.arange(spans.size), -1)
+        known = spans.gather(problem.known[box])
+        self.local = ClosedForm(self.region, problem.scaled(box, spans.covered, self.number), known, eps,
+                                None if self.exact else self.penalty / self.scale)
+        free = np.where(self.local.free, np.arange(spans.size, dtype=np.int32), np.int32(-1))
         whole = tuple(slice(0, n) for n in shape)
         self.corner = np.array([s.start for s in (box if self.exact else whole)])
-        self.number = np.full(spans.covered.shape if self.exact else shape, -1, np.int32)
-        spans.scatter(free, self.number if self.exact else self.number[box])
+        self.rank = np.full(spans.covered.shape if self.exact else shape, -1, np.int32)
+        spans.scatter(free, self.rank if self.exact else self.rank[box])
         seen = np.zeros(0 if self.exact else problem.labels.size, bool)
         if not self.exact:
-            seen[indices] = self.number.flat[indices] < 0
+            seen[indices] = self.rank.flat[indices] < 0
         self.far = np.flatnonzero(seen)
-        self.number.flat[self.far] = spans.size + np.arange(self.far.size)
-        self.known = np.append(self.local.known, problem.known.flat[self.far])
+        self.rank.flat[self.far] = spans.size + np.arange(self.far.size)
         self.image = np.hstack([self.local.image, intensities(problem, self.far).T]) if self.far.size else self.local.image
+        self.far_known = problem.known.flat[self.far]
 
     def _positions(self, problem, indices) -> tuple[np.ndarray, np.ndarray]:
         "Positions in the image become positions in the vectors, in place; how many of each row are free."
         free = np.empty(len(indices), np.int16)
-        run_chunks(_renumber, -(-free.size // ROWS), indices, np.array(problem.labels.shape), self.corner, self.number, free)
+        run_chunks(_renumber, -(-free.size // ROWS), indices, np.array(problem.labels.shape), self.corner, self.rank, free)
         return indices.view(np.uint32), free
-
-    def _join_unknown(self, problem, neighbours, weight, strength):
-        "The third term, halved as in the energy."
-        unknown, count = problem.labels == 128, min(neighbours, self.home.size - 1)
-        self.alike, self.links = np.empty((self.home.size, 0), np.uint32), np.empty((self.home.size, 0))
-        if count:
-            found = nearest(problem, unknown, count, weight, targets=unknown)
-            self.links = 0.5 * strength * _likeness(problem, found.rows, found.indices, weight)
-            self.alike, _ = self._positions(problem, found.indices)
-        del self.number
 
     def _cut_slabs(self):
         "Divide the rows into slabs, each with a buffer for the part of the vector that it touches."
-        slabs = int(np.clip(self.home.size // SLAB, 1, 8))
+        slabs = int(np.clip(self.home.size // SLAB, 1, 8 if self.home.size < MANY else 4))
         self.cuts = np.linspace(0, self.home.size, slabs + 1).astype(np.int64)
         self.low, self.place = np.empty(slabs, np.uint64), np.zeros(slabs + 1, np.int64)
-        kept = np.arange(self.mixture.shape[1]) < self.free[:, None]
         for slab, (a, b) in enumerate(zip(self.cuts[:-1], self.cuts[1:])):
-            lists = self.home[a:b], self.mixture[a:b][kept[a:b]], self.alike[a:b].ravel()
-            self.low[slab] = min(part.min(initial=self.home[a]) for part in lists)
-            self.place[slab + 1] = self.place[slab] + int(max(part.max(initial=0) for part in lists)) + 1 - int(self.low[slab])
-        self.parts = np.empty(self.place[-1])
+            low, high = _extent(a, b, self.home, self.mixture, self.free, self.alike)
+            self.low[slab], self.place[slab + 1] = low, self.place[slab] + high + 1 - low
+        self.parts = np.zeros(self.place[-1], self.number)
 
-    def _tie_to_known(self, problem, neighbours, weight, strength, regulariser, trimming):
-        "The second term; then diagonal and right-hand side, apart from what local term and penalty put there."
-        self.anchor, size = np.zeros(self.home.size), self.region.spans.size
-        self.flow = np.zeros(size + self.far.size)
-        if strength:
-            estimate, confidence = known_estimate(problem, problem.labels == 128, neighbours, weight, regulariser, trimming)
-            self.anchor = strength * confidence
-            self.flow[self.home] = self.anchor * estimate
-        self.diagonal = np.append(np.where(self.local.free, self.scale * self.local.diagonal, 1.0), np.full(self.far.size, self.penalty))
-        self.stored = np.empty((self.home.size if self.mixture.size <= STORED else 0, self.mixture.shape[1]))
-        _total(*self._terms(), self.anchor, self.constant, self.diagonal, self.flow)
-        del self.constant
+    def _total(self):
+        "Diagonal and right-hand side, apart from what the penalty puts there."
+        size, n = self.region.spans.size, self.region.spans.size + self.far.size
+        self.flow, diagonal = np.zeros(n, self.number), np.full(n, self.penalty, self.number)
+        diagonal[:size] = np.where(self.local.free, self.number(self.scale) * self.local.diagonal, self.number(1))
+        self.flow[self.home] = self.pull
+        self.stored = np.empty((self.home.size if self.mixture.size <= STORED else 0, self.mixture.shape[1]), self.number)
+        _total(*self._terms(), self.anchor, self.constant, diagonal, self.flow)
+        del self.constant, self.pull
+        self.jacobi = np.divide(1, diagonal, out=diagonal)
 
     def _terms(self):
-        return self.home, self.mixture, self.free, self.mean, self.slope, self.image, self.alike, self.links, self.strength, self.stored
+        return (self.home, self.mixture, self.free, self.mean, self.slope, self.image, self.alike, self.links,
+                self.number(self.strength), self.stored)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        "Diagonal of the matrix, 1 where a voxel is not free."
+        return 1 / self.jacobi
+
+    @property
+    def trust(self) -> float:
+        "By what factor the residual may fall before the recursion is compared with the truth."
+        return self.local.trust
 
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
         "out = A p; returns p'A p."
         size, sums = self.region.spans.size, np.empty(-(-p.size // CHUNK))
         self.local.apply(p[:size], out[:size])
         run_chunks(_spread, self.low.size, self.cuts, self.low, self.place, *self._terms(), self.anchor, p, self.parts)
-        run_chunks(_collect, sums.size, self.low, self.place, self.scale, self.penalty, size, p, self.parts, out, sums)
+        run_chunks(_collect, sums.size, self.low, self.place, self.number(self.scale), self.number(self.penalty), size, p,
+                   self.parts, out, sums)
         return float(sums.sum())
 
     def zeros(self) -> np.ndarray:
         "A vector of zeros."
-        return np.zeros(self.flow.size)
+        return np.zeros(self.flow.size, self.number)
 
     def start(self) -> np.ndarray:
-        "First guess: the known values where these are exact, 0 elsewhere."
+        "First guess in float64: the known values where these are exact, 0 elsewhere."
         return np.append(self.local.start(), np.zeros(self.far.size))
 
     def residual(self, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-        "out = what the energy leaves to be done on the free voxels."
-        self.apply(x, out)
-        np.subtract(self.flow, out, out=out)
-        if not self.exact:
-            out += self.penalty * self.known
-        return out
+        "out = what the energy leaves to be done on the free voxels, summed in float64."
+        size, left = self.region.spans.size, np.empty(x.size)
+        self.local.residual(x[:size], left[:size])
+        left[:size] *= self.scale
+        left[size:] = self.penalty * (self.far_known - x[size:])
+        left += self.flow
+        np.negative(left, out=left)
+        cuts, low, place = np.array([0, self.home.size]), np.zeros(1, np.uint64), np.array([0, x.size])
+        _spread(0, 1, cuts, low, place, *self._terms(), self.anchor, x, left)  # all rows in one slab
+        return np.negative(left, out=out, casting="same_kind")
 
     def precondition(self, r: np.ndarray) -> np.ndarray:
         "Solution of the system that stands for this one in each step."
@@ -520,14 +559,14 @@ class InformationFlow(HostSystem):
     @property
     def nbytes(self) -> int:
         "Memory of the system and the iteration vectors."
-        own = (a.nbytes for name, a in vars(self).items() if isinstance(a, np.ndarray) and a is not self.local.image)
-        return sum(own) + self.local.nbytes
+        own = (a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self.local.image)
+        return sum(own) + self.local.nbytes + (self.inner[1].values.nbytes if self.inner else 0)
 
-# %% ../nbs/17_information_flow.ipynb #0f0db901
+# %% ../nbs/17_information_flow.ipynb #d4914257
 WEIGHTS = (0.03, 0.3, 0.0015), (0.1, 0.02, 0.0001)  # spatial weights in 1/mm: one channel, colour
 STRENGTHS = (1.0, 0.05, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
 REGULARISERS = 1e-3, 1e-4  # of the mixture weights
-TRIMMED = "none", "both"  # trimming of the second term
+SMOOTH = 1e-4  # regulariser from which single precision represents the mixture weights well enough
 
 
 def _check_options(neighbours, weights, strengths, known_to_unknown, trimming, regulariser):
@@ -542,7 +581,7 @@ def _check_options(neighbours, weights, strengths, known_to_unknown, trimming, r
     if not (isinstance(known_to_unknown, (bool, np.bool_)) or isinstance(known_to_unknown, str) and known_to_unknown == "auto"):
         refuse("known_to_unknown", describe(known_to_unknown), "True, False or 'auto'", "use False to leave this term out")
     if not (isinstance(trimming, str) and trimming in TRIMMINGS):
-        refuse("trimming", describe(trimming), " or ".join(map(repr, TRIMMINGS)), "leave it out for the default, 'auto'")
+        refuse("trimming", describe(trimming), " or ".join(map(repr, TRIMMINGS)), "leave it out for the default, 'none'")
     if not (isinstance(regulariser, Real) and 1e-10 <= regulariser < 1e75):
         refuse("regulariser", describe(regulariser), "a number of at least 1e-10", "leave regulariser= out for the default")
 
@@ -562,10 +601,11 @@ def solve(
     weights: tuple[float, float, float] | None = None,  # spatial weight of each search in 1/mm; None: WEIGHTS for one channel or for colour
     strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, within the unknown, local; None: STRENGTHS
     known_to_unknown: bool | str = True,  # whether the second term takes part; "auto": unless the object looks transparent
-    trimming: str = "auto",  # of the second term: "none", "edges", "patches", "both"; "auto": both in colour, none for one channel
+    trimming: str = "none",  # of the second term: "none", "edges", "patches" or "both"
     regulariser: float | None = None,  # of the mixture weights, in squared units of the scaled image; None: REGULARISERS
     eps: float = 1e-7,  # of the local term, in the same units
     constraint_weight: float | None = None,  # lambda of the soft form; None: known voxels are exact
+    precision: str | None = None,  # "single" (volumes) or "double"; None: single where it can be
 ) -> Solved:  # alpha and what it cost
     "Information-flow matting (Aksoy, Aydin and Pollefeys 2017)."
     colour = problem.image.shape[3] > 1
@@ -573,16 +613,36 @@ def solve(
     strengths = STRENGTHS[colour] if strengths is None else strengths
     regulariser = REGULARISERS[colour] if regulariser is None else regulariser
     _check_options(neighbours, weights, strengths, known_to_unknown, trimming, regulariser)
+    _check_precision(precision, problem.labels.shape)
     _check_known(problem.labels)
     if (problem.labels != 128).all():
         return Solved(problem.known.copy(), 0, 0.0, "matrix-free", 0, 0)
     if problem.labels.shape[2] == 1:  # closed form stores runs along x, so an axis of one voxel goes first
         turned = {name: np.swapaxes(getattr(problem, name), 0, 2) for name in ("image", "labels", "known")}
         solved = solve(replace(problem, spacing=problem.spacing[::-1], **turned), tol, max_iterations, progress, neighbours, weights,
-                       strengths, known_to_unknown, trimming, regulariser, eps, constraint_weight)
+                       strengths, known_to_unknown, trimming, regulariser, eps, constraint_weight, precision)
         return replace(solved, alpha=np.swapaxes(solved.alpha, 0, 2))
-    rule = TRIMMED[colour] if trimming == "auto" else trimming
-    system = InformationFlow(problem, neighbours, weights, strengths, known_to_unknown, regulariser, rule, eps, constraint_weight)
+    options = neighbours, weights, strengths, known_to_unknown, regulariser, trimming, eps, constraint_weight
+    single = precision == "single" or precision is None and min(problem.labels.shape) > 1 and regulariser >= SMOOTH
+    try:
+        return _solve_in("single" if single else "double", problem, tol, max_iterations, progress, options)
+    except ConvergenceError:  # what single precision cannot do, double may
+        if precision or not single:
+            raise
+    return _solve_in("double", problem, tol, max_iterations, progress, options)
+
+
+def _solve_in(precision, problem, tol, max_iterations, progress, options) -> Solved:
+    "Solve in one precision."
+    system = InformationFlow(problem, *options, precision)
     solution = pcg(system, tol, max_iterations, progress)
     return Solved(system.alpha(solution.x, problem.known), solution.iterations, solution.residual, "matrix-free", solution.x.size,
-                  system.nbytes)
+                  system.nbytes, precision)
+
+
+def _check_precision(precision, shape):
+    "Refuse single precision where it is not enough."
+    if precision not in (None, *PRECISIONS):
+        refuse("precision", describe(precision), " or ".join(map(repr, PRECISIONS)), "leave it out for the default")
+    if precision == "single" and min(shape) == 1:
+        refuse("precision", "'single' for an image", "'single' for volumes, or 'double'", "leave it out: images are too badly conditioned")
