@@ -16,7 +16,7 @@ import numpy as np
 
 from .registry import DataError, dataset, is_present, locate, sha256_of
 
-# %% ../nbs/42_brain_growth.ipynb #77a103e6
+# %% ../nbs/42_brain_growth.ipynb #e4603510
 class UnsafePickleError(DataError):
     "A pickle wants more than plain arrays of bytes; nothing of it was run."
 
@@ -26,13 +26,13 @@ class _Dtype:
 
     def __init__(self, kind, align=False, copy=True):
         if kind != "u1":
-            raise UnsafePickleError(f"brain_growth: the pickle holds an array of type {str(kind)[:40]!r}, but only"
+            raise UnsafePickleError(f"the pickle holds an array of type {str(kind)[:40]!r}, but only"
                                     " bytes ('u1') are accepted; fetch the original file again.")
 
     def __setstate__(self, state):
         pass  # byte order and alignment, which mean nothing for single bytes
 
-# %% ../nbs/42_brain_growth.ipynb #e91e3e22
+# %% ../nbs/42_brain_growth.ipynb #1a820c7c
 LARGEST_ARRAY = 1 << 20  # bytes; the real ones have 128 x 128
 
 
@@ -50,11 +50,11 @@ class _Array:
         good = (isinstance(kind, _Dtype) and isinstance(content, bytes) and len(content) <= LARGEST_ARRAY
                 and all(type(n) is int and n > 0 for n in sizes) and len(sizes) <= 3)
         if not good or np.prod(sizes, dtype=object) != len(content):
-            raise UnsafePickleError(f"brain_growth: the pickle holds an array of shape {str(shape)[:40]} that does"
+            raise UnsafePickleError(f"the pickle holds an array of shape {str(shape)[:40]} that does"
                                     " not fit its bytes; fetch the original file again.")
         self.array = np.frombuffer(content, np.uint8).reshape(sizes, order="F" if fortran else "C")
 
-# %% ../nbs/42_brain_growth.ipynb #3d911f44
+# %% ../nbs/42_brain_growth.ipynb #784555f4
 _KNOWN = {("numpy", "dtype"): _Dtype, ("numpy", "ndarray"): "ndarray"}
 _KNOWN |= {(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")}
 
@@ -64,27 +64,28 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in _KNOWN:
-            raise UnsafePickleError(f"brain_growth: the pickle asks for {str(module)[:40]}.{str(name)[:40]}, but only"
+            raise UnsafePickleError(f"the pickle asks for {str(module)[:40]}.{str(name)[:40]}, but only"
                                     " NumPy arrays of bytes are accepted; it was not run, fetch the original again.")
         return _KNOWN[module, name]
 
     def persistent_load(self, key):
-        raise UnsafePickleError("brain_growth: the pickle refers to something outside itself, which is not accepted;"
+        raise UnsafePickleError("the pickle refers to something outside itself, which is not accepted;"
                                 " fetch the original file again.")
 
-# %% ../nbs/42_brain_growth.ipynb #072b061b
+# %% ../nbs/42_brain_growth.ipynb #0d8f6b2a
 def read_pickle(
     content: bytes,  # a pickle of dicts, lists, strings and uint8 arrays
+    name: str = "brain_growth",  # of the data set, for messages
 ):  # what it holds; its arrays are uint8
     "Read a pickle of byte arrays without running anything in it."
     try:
         return _plain(_Unpickler(BytesIO(content)).load())
-    except UnsafePickleError:
-        raise
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{name}: {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way; none of them is of use to the reader
-        raise DataError(f"brain_growth: the pickle is damaged ({type(error).__name__}); fetch it again.") from error
+        raise DataError(f"{name}: the pickle is damaged ({type(error).__name__}); fetch it again.") from error
 
-# %% ../nbs/42_brain_growth.ipynb #ebb5643c
+# %% ../nbs/42_brain_growth.ipynb #b9b5d39b
 def _plain(value, done=None):
     "Replace the stand-ins by their arrays; refuse what is not plain data."
     done = {} if done is None else done
@@ -102,38 +103,40 @@ def _plain(value, done=None):
         return value.array
     if isinstance(value, str):
         return value
-    raise UnsafePickleError(f"brain_growth: the pickle holds a {type(value).__name__}, but only dicts, lists, strings"
+    raise UnsafePickleError(f"the pickle holds a {type(value).__name__}, but only dicts, lists, strings"
                             " and arrays are accepted; fetch the original file again.")
 
-# %% ../nbs/42_brain_growth.ipynb #16cb0083
+# %% ../nbs/42_brain_growth.ipynb #9b9fe27f
 LARGEST_MEMBER = 8 << 20  # bytes unpacked; the pickle has 5.8 million
 MOST_MEMBERS = 100  # the trimaps are 39, in one folder
 
 
 def read_zip(
     path: str | Path,  # a zip file
+    most: int = MOST_MEMBERS,  # files it may hold
+    largest: int = LARGEST_MEMBER,  # bytes of one, unpacked
 ) -> dict[str, bytes]:  # content of each member by name, folders left out
     "Contents of a small zip file, with limits on what it may hold."
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
-            if len(members) > MOST_MEMBERS:
-                raise DataError(f"{path}: holds {len(members)} files, but at most {MOST_MEMBERS} are expected;"
+            if len(members) > most:
+                raise DataError(f"{path}: holds {len(members)} files, but at most {most} are expected;"
                                 " fetch the original file again.")
-            return {info.filename: _member(archive, info, path) for info in members}
+            return {info.filename: _member(archive, info, path, largest) for info in members}
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch it again.") from error
 
-# %% ../nbs/42_brain_growth.ipynb #9381c8b2
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path) -> bytes:
+# %% ../nbs/42_brain_growth.ipynb #9afe4ce1
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path, largest: int) -> bytes:
     "One member of an archive, refused if its name leads outside or if it is too large."
     parts = info.filename.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
         raise DataError(f"{path}: the member {info.filename[:60]!r} leads out of the archive; fetch the original again.")
     with archive.open(info) as member:
-        content = member.read(LARGEST_MEMBER + 1)
-    if len(content) > LARGEST_MEMBER:
-        raise DataError(f"{path}: the member {info.filename[:60]!r} is larger than {LARGEST_MEMBER} bytes unpacked;"
+        content = member.read(largest + 1)
+    if len(content) > largest:
+        raise DataError(f"{path}: the member {info.filename[:60]!r} is larger than {largest} bytes unpacked;"
                         " fetch the original file again.")
     return content
 

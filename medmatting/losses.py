@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['cross_entropy', 'divergence', 'absolute_difference', 'sobel', 'gradient_difference', 'uncertain_region',
-           'segmentation_terms', 'matting_terms', 'KendallWeighting', 'OscillatingWeighting', 'oscillating_weight',
-           'LossError', 'check_terms']
+           'segmentation_terms', 'matting_terms', 'KendallWeighting', 'OscillatingWeighting', 'oscillating_weight']
 
-# %% ../nbs/30_losses.ipynb #f4982c57
-from math import cos, exp, isfinite
+# %% ../nbs/30_losses.ipynb #878e58dd
+from math import cos, exp
 
 import torch
 from torch import nn
@@ -173,20 +172,3 @@ def _check_weight(kl_weight: float) -> float:
     if not isinstance(kl_weight, (int, float)) or not 0 <= kl_weight < float("inf"):
         refuse("kl_weight", describe(kl_weight), "a number from 0", "10 is Medical Matting's, 1 / (H * W) is Kohl's")
     return float(kl_weight)
-
-# %% ../nbs/30_losses.ipynb #ef0e3e69
-class LossError(RuntimeError):
-    "A loss is NaN or infinite; nothing was learned from this step."
-
-
-def check_terms(
-    terms: dict[str, torch.Tensor],  # scalars by name
-    where: str = "",  # for the message, for example "step 120 (case03, case17)"
-):
-    "Refuse to go on with a loss that is not finite."
-    values = torch.stack([value.detach().float() for value in terms.values()]).tolist()  # one transfer from the device
-    bad = {name: value for name, value in zip(terms, values) if not isfinite(value)}
-    if bad:
-        named = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        raise LossError(f"loss{' at ' + where if where else ''}: got {named}, but accepted are finite numbers;"
-                        " lower the learning rate, or check these images for values outside [0, 1].")

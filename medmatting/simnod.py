@@ -51,13 +51,14 @@ def choose_shapes(
         drawn |= {int(i): name for i in np.random.default_rng(seed).permutation(fitting)[:per_texture]}
     return drawn
 
-# %% ../nbs/44_simnod.ipynb #5e046b8a
+# %% ../nbs/44_simnod.ipynb #3c855d1b
 MARGIN_MM = 8.0  # lung kept around the outlines
 
 
-def _padded(outlines: Shape) -> list[Volume]:
-    "The four masks with a margin on all sides."
-    width = [int(np.ceil(MARGIN_MM / size)) for size in outlines.spacing]
+def _padded(outlines: Shape, least_mm: tuple[float, float, float]) -> list[Volume]:
+    "The four masks with a margin on all sides, wider where the block would be smaller than `least_mm`."
+    gaps = np.subtract(least_mm, np.multiply(outlines.masks.shape[1:], outlines.spacing)) / 2
+    width = [int(np.ceil(max(MARGIN_MM, gap) / size)) for gap, size in zip(gaps, outlines.spacing)]
     return [Volume(np.pad(mask, [(n, n) for n in width]), outlines.spacing) for mask in outlines.masks]
 
 
@@ -160,20 +161,21 @@ class Simulated:
     lung: str  # scan that the background is from
     pleural: bool  # whether it reaches into the chest wall
 
-# %% ../nbs/44_simnod.ipynb #fa45224c
+# %% ../nbs/44_simnod.ipynb #9518784e
 def simulate(
     index: int,  # row in `lidc.shapes()`, for example one of `choose_shapes()`
     texture: str | None = None,  # "solid", "part-solid" or "ground glass"; None: as the readers rated it
     seed: int = 0,  # of place, texture and noise; together with index it decides everything
     spacing_mm: float | tuple[float, ...] = 0.5,  # voxel edge of the result
     pleural: bool = False,  # whether to place it against the chest wall
+    least_mm: tuple[float, float, float] = (0, 0, 0),  # sides (z, y, x) that the block has at least, for crops of one size
 ) -> Simulated:  # CT, alpha, masks and the parts of the mixture
     "Compose a nodule with known alpha from real outlines and real lung."
     outlines, size = shape(index), check_spacing(spacing_mm, 3)
     texture = texture or nearest_texture(_mean_rating(outlines.about, "texture"))
     if texture not in TEXTURES:
         refuse("texture", describe(texture), " or ".join(map(repr, TEXTURES)), "leave it out to follow the readers")
-    masks, rng = _padded(outlines), np.random.default_rng([seed, int(index)])
+    masks, rng = _padded(outlines, least_mm), np.random.default_rng([seed, int(index)])
     distance = consensus(masks, size)
     depth = max(np.multiply(outlines.masks.shape[1:], outlines.spacing)) / 2
     lung, name = lung_block(distance, depth, rng, pleural)
