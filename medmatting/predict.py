@@ -33,7 +33,7 @@ def load_network(
                "weights and configuration that belong together", "write the file again with save_weights")
     return net.eval(), card
 
-# %% ../nbs/35_predict.ipynb #471a1958
+# %% ../nbs/35_predict.ipynb #0f761c0e
 class Prediction(NamedTuple):
     "What a network says about an image."
 
@@ -44,9 +44,15 @@ class Prediction(NamedTuple):
 FLIPS = ((), (2,), (3,), (2, 3))
 
 
+def _device(net) -> torch.device:
+    "Where the network is."
+    return next((weight.device for weight in net.parameters()), torch.device("cpu"))
+
+
 def _see(net, pixels: torch.Tensor, flips: bool, seed: int) -> list[torch.Tensor]:
     "Mean of alpha, and of uncertainty where there is one, over the flips: (h, w) each."
     total, views = None, FLIPS if flips else FLIPS[:1]
+    pixels = pixels.to(_device(net))
     for axes in views:
         torch.manual_seed(seed)
         said = net(pixels.flip(axes))
@@ -76,7 +82,7 @@ def _ramp(shape: tuple[int, int]) -> np.ndarray:
     rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) + 0.5 for n in shape)
     return np.minimum(rows[:, None], columns).astype(np.float32)
 
-# %% ../nbs/35_predict.ipynb #496a4e11
+# %% ../nbs/35_predict.ipynb #ffbea30b
 def predict(
     net: torch.nn.Module,  # from `load_network`
     image: np.ndarray,  # (H, W) or (H, W, 3): uint8, or float in [0, 1]
@@ -93,7 +99,7 @@ def predict(
         refuse("tile, overlap", f"{tile!r}, {overlap!r}", "whole numbers, tile the larger", "leave them out")
     windows = list(tiles(tuple(pixels.shape[2:]), tile, overlap))
     total, weight = None, np.zeros(tuple(pixels.shape[2:]), np.float32)
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(), torch.random.fork_rng([d for d in [_device(net)] if d.type == "cuda"]):
         for done, window in enumerate(windows, start=1):
             maps = [m.cpu().numpy() for m in _see(net, pixels[(..., *window)], flips, seed)]
             ramp = _ramp(maps[0].shape)

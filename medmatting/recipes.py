@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PSEUDO', 'WEIGHTINGS', 'NETWORKS', 'SMALL', 'make_sample', 'Prepare', 'Objective', 'make_network', 'paper_recipe']
 
-# %% ../nbs/34_recipes.ipynb #b633e56f
+# %% ../nbs/34_recipes.ipynb #81b86e1a
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class Objective(nn.Module):
         terms = segmentation_terms(said.segmentation, batch["mask"]) | matting_terms(said.alpha, batch["alpha"], said.uncertainty)
         return {"loss": self.weighting(terms, batch["epoch"]), **terms}
 
-# %% ../nbs/34_recipes.ipynb #bbc4851a
+# %% ../nbs/34_recipes.ipynb #c0e9a74a
 NETWORKS = {net.kind: net for net in (PlainUNet, MedicalMatting, RegionAware)}
 SMALL = {
     "plain-unet": dict(widths=(24, 48, 96, 144), convs=2),
@@ -115,6 +116,9 @@ def make_network(
         refuse("kind", describe(kind), " or ".join(map(repr, NETWORKS)), "choose one of these")
     if size not in ("published", "small"):
         refuse("size", describe(size), "'published' or 'small'", "choose one of these")
+    accepted = signature(NETWORKS[kind]).parameters
+    if unknown := [name for name in changes if name not in accepted]:
+        refuse(unknown[0], f"it for {kind!r}", f"{', '.join(accepted)} for this network", "leave it out, or choose another network")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[kind](channels, **{**(SMALL[kind] if size == "small" else {}), **changes})
