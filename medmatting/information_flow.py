@@ -364,7 +364,7 @@ def factorise_local(system) -> tuple[np.ndarray, Factor] | None:  # the free sto
     factor = factorise(stencil, tree)
     return None if factor is None else (voxels, factor)
 
-# %% ../nbs/17_information_flow.ipynb #50d2fb0f
+# %% ../nbs/17_information_flow.ipynb #ce13c011
 STORED = 2**23  # mixture weights that are kept, at most
 SLAB, MANY = 5_000, 2**20  # rows for which a slab of its own pays; at most 8 slabs whatever the number of threads, 4 for many rows
 PRECISIONS = {"single": np.float32, "double": np.float64}
@@ -439,7 +439,7 @@ class InformationFlow(HostSystem):
     def _place(self, problem, indices, eps):
         "The local term; positions of the free voxels in the vectors; `far` are known ones that no window holds."
         spans, box, shape = self.region.spans, self.region.box, problem.labels.shape
-        known = spans.gather(problem.known[box])
+        known = spans.gather(problem.known[box]).astype(self.number)
         self.local = ClosedForm(self.region, problem.scaled(box, spans.covered, self.number), known, eps,
                                 None if self.exact else self.penalty / self.scale)
         free = np.where(self.local.free, np.arange(spans.size, dtype=np.int32), np.int32(-1))
