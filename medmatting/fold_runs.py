@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FoldRun', 'train_fold', 'score_fold']
 
-# %% ../nbs/46_fold_runs.ipynb #354d6a0e
+# %% ../nbs/46_fold_runs.ipynb #323af048
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .matting_sets import MattingSet, matting_set
 from .metrics import score
 from .predict import predict
 from .recipes import Objective, Prepare, make_network
-from .train import Recipe, make_fabric, plot_history, save_weights, train
+from .train import Recipe, TrainingError, make_fabric, plot_history, save_weights, train
 
 # %% ../nbs/46_fold_runs.ipynb #742e0b81
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FoldRun:
     precision: str = "32-true"  # or "bf16-mixed", "16-mixed"
     processes: int = 1  # each takes its share of the batch
 
-# %% ../nbs/46_fold_runs.ipynb #e7b946de
+# %% ../nbs/46_fold_runs.ipynb #7cd5d0b2
 def _record(run: FoldRun, data: MattingSet, fold: Fold) -> dict:
     "The record as it stands in `run.json`."
     digest = hashlib.sha256()
@@ -56,7 +57,7 @@ def _claim(folder: Path, record: dict):
         refuse("folder", f"{folder}, a file", "a folder", "choose another name")
     path = folder / "run.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):  # hidden: half a file of a killed run
             refuse("folder", f"{folder}, which holds other files", "a new or empty folder, or that of the run to go on with", "choose another folder")
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -86,7 +87,7 @@ def _prepare(run: FoldRun, folder: Path, data_folder) -> tuple[MattingSet, Fold,
     _claim(folder, _record(run, data, fold))
     return data, fold, objective, prepare
 
-# %% ../nbs/46_fold_runs.ipynb #e85f33d2
+# %% ../nbs/46_fold_runs.ipynb #46cf7342
 def train_fold(
     run: FoldRun,
     folder: str | Path,  # takes everything; a run found there is continued
@@ -103,8 +104,19 @@ def train_fold(
     fabric = make_fabric(device, run.processes, run.precision)
     _prepare(run, folder, data_folder)
     if not (folder / "weights.safetensors").exists():
-        fabric.launch(_train, run, folder, data_folder, save_every, progress)
+        _launch(fabric, partial(_train, run=run, folder=folder, data_folder=data_folder, save_every=save_every, progress=progress))
     return pd.read_csv(folder / "scores.csv")
+
+
+def _launch(fabric, work):
+    "Start the processes; what went wrong in one of them is told in its own last sentence."
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    try:
+        fabric.launch(work)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        last = str(error).strip().splitlines()[-1].removeprefix("medmatting.train.TrainingError: ")
+        raise TrainingError(f"a training process ended: {last}") from error
 
 
 def _train(fabric, run: FoldRun, folder: Path, data_folder, save_every: int, progress: bool):

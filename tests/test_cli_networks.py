@@ -1,0 +1,272 @@
+"""`medmatting train` and `medmatting predict` as a user runs them: killed, resumed, refused, on folders with bad files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import medmatting as mm
+import miniature
+from medmatting.cli import main
+from medmatting.matting_sets import matting_set
+from medmatting.predict import load_network, predict
+from medmatting.recipes import make_network
+from medmatting.train import save_weights
+
+CARD = dict(data="", recipe={}, metrics={}, licence="", limits="")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return miniature.write_set(tmp_path_factory.mktemp("data"), "lidc", miniature.lidc_cases())
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def train_words(data, folder, *more, kind="region-aware", steps=4):
+    return ["train", kind, "--data", "lidc", "--fold", 1, "--output", folder, "--data-folder", data, "--size", "small",
+            "--steps", steps, "--batch", 2, "--rate", 1e-3, "--save-every", 1, "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    torch.set_num_threads(1)
+    assert run(*train_words(data, folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_everything(trained, data):
+    cases = matting_set("lidc", data).fold(1).test
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"run.json", "checkpoint.pt", "history.csv", "curves.png", "predictions", "scores.csv", "weights.safetensors"}
+    assert {path.name for path in (trained / "predictions").iterdir()} == {f"{c}{end}.png" for c in cases for end in ("", "_uncertainty")}
+    assert len((trained / "history.csv").read_text().splitlines()) == 5
+    net, card = load_network(trained / "weights.safetensors")
+    assert "LIDC slices" in card["data"] and card["recipe"]["recipe"]["steps"] == 4 and card["metrics"]["cases"] == len(cases)
+
+
+def test_scores_are_those_of_the_predictions(trained, data):
+    import pandas as pd
+
+    published, table = matting_set("lidc", data), pd.read_csv(trained / "scores.csv").set_index("case")
+    net, card = load_network(trained / "weights.safetensors")
+    for case, row in table.iterrows():
+        sample, region = published.samples[case], published.regions[case]
+        alpha = predict(net, sample["image"][0].numpy()).alpha
+        stored = mm.read(trained / "predictions" / f"{case}.png").array / 65535
+        np.testing.assert_allclose(stored, alpha, atol=1e-5)
+        truth = sample["alpha"][0].numpy()
+        assert row.sad == pytest.approx(np.abs(alpha - truth)[region].sum() / 1000, abs=2 / 255 * region.sum() / 1000)
+        assert row.pixels == region.sum()
+    assert card["metrics"]["mse"] == pytest.approx(table.mse.mean())
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(trained, data, tmp_path):
+    folder = tmp_path / "killed"
+    words = [str(word) for word in train_words(data, folder)]
+    command = [sys.executable, "-m", "medmatting", *words]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "weights.safetensors").exists()
+    assert run(*words) == 0
+    again, whole = (load_file(place / "weights.safetensors") for place in (folder, trained))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert (folder / "scores.csv").read_bytes() == (trained / "scores.csv").read_bytes()
+
+
+def test_a_finished_run_is_left_alone(trained, data):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert run(*train_words(data, trained)) == 0
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def said(capsys) -> str:
+    "The one sentence on standard error."
+    error = capsys.readouterr().err
+    assert error.startswith("medmatting: ") and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--fold", 4], "fold: got 4, but accepted is a whole number from 0 to 3"),
+    (["--data", "lung"], "data: got 'lung', but accepted is brain-growth, lidc"),
+    (["--size", "large"], "size: got 'large'"),
+    (["--pseudo", "dice"], "pseudo: got 'dice'"),
+    (["--weighting", "equal"], "weighting: got 'equal'"),
+    (["--upsampling", "cubic"], "upsampling"),
+    (["--precision", "8"], "precision: got '8'"),
+    (["--device", "tpu"], "device: got 'tpu'"),
+    (["--batch", 0], "--batch: got 0"),
+    (["--rate", -1], "rate: got -1.0"),
+])
+def test_refusals_of_train_leave_nothing(data, tmp_path, capsys, change, message):
+    assert run(*train_words(data, tmp_path / "run"), *change) == 2
+    assert message in said(capsys) and not (tmp_path / "run").exists()
+
+
+def test_a_network_without_upsampling_refuses_it_and_unknown_ones_are_named(data, tmp_path, capsys):
+    assert run(*train_words(data, tmp_path / "run", "--upsampling", "bilinear", kind="plain-unet")) == 2
+    assert "upsampling: got it for 'plain-unet'" in said(capsys)
+    assert run(*train_words(data, tmp_path / "run", kind="unet")) == 2
+    assert "kind: got 'unet'" in said(capsys) and not (tmp_path / "run").exists()
+
+
+def test_data_that_are_not_here(tmp_path, capsys):
+    assert run(*train_words(tmp_path, tmp_path / "run")) == 1
+    assert "lidc_attributes.zip and trimap_LIDC.zip not found" in said(capsys)
+
+
+def test_the_folder_of_another_run_is_not_touched(trained, data, tmp_path, capsys):
+    before = (trained / "run.json").read_bytes()
+    assert run(*train_words(data, trained, "--seed", 5)) == 2
+    assert "the folder of another run (recipe" in said(capsys) and (trained / "run.json").read_bytes() == before
+    other = miniature.lidc_cases()
+    other["0_slice0"]["alpha"] = other["0_slice0"]["alpha"] // 2
+    assert run(*train_words(miniature.write_set(tmp_path / "other", "lidc", other), trained)) == 2
+    assert "(samples '" in said(capsys)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert run(*train_words(data, tmp_path / "full")) == 2
+    assert "holds other files" in said(capsys) and len(list((tmp_path / "full").iterdir())) == 1
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(*train_words(data, folder, kind="plain-unet", steps=2)) == 0
+    (folder / "weights.safetensors").unlink()
+    (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
+    capsys.readouterr()
+    assert run(*train_words(data, folder, kind="plain-unet", steps=2)) == 1
+    assert "checkpoint.pt: not a whole checkpoint" in said(capsys)
+
+
+def test_two_processes_train_and_tell_their_refusals(data, tmp_path):
+    words = [str(w) for w in train_words(data, tmp_path / "two", "--processes", 2, kind="plain-unet", steps=2)]
+    done = subprocess.run([sys.executable, "-m", "medmatting", *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "weights.safetensors").exists() and "mean sad" in done.stdout
+
+
+# ---- predict
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    "Untrained weights of the three kinds."
+    folder = tmp_path_factory.mktemp("weights")
+    for kind in ("plain-unet", "region-aware"):
+        save_weights(folder / f"{kind}.safetensors", make_network(kind, 1, "small"), CARD)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (21, 34), np.uint8)
+    mm.write(tmp_path / "in.png", image)
+    return image
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_predict_equals_the_function(weights, picture, tmp_path, bits):
+    assert run("predict", tmp_path / "in.png", "-o", tmp_path / "a.png", "--uncertainty", tmp_path / "u.png",
+               "--weights", weights / "region-aware.safetensors", "--bits", bits) == 0
+    expected = predict(load_network(weights / "region-aware.safetensors")[0], picture)
+    for name, values in (("a", expected.alpha), ("u", expected.uncertainty)):
+        stored = mm.read(tmp_path / f"{name}.png").array
+        assert stored.dtype == f"uint{bits}" and np.array_equal(stored, np.round(values.astype(float).clip(0, 1) * (2**bits - 1)))
+
+
+def test_options_of_predict_reach_the_function(weights, picture, tmp_path):
+    net = load_network(weights / "plain-unet.safetensors")[0]
+    assert run("predict", tmp_path / "in.png", "-o", tmp_path / "a.npy", "--weights", weights / "plain-unet.safetensors",
+               "--no-flips", "--tile", 16) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), predict(net, picture, flips=False, tile=16, overlap=4).alpha)
+
+
+def test_geometry_and_hounsfield_units_of_one_slice(weights, tmp_path, capsys):
+    hu = np.random.default_rng(0).normal(-700, 200, (1, 20, 24)).astype(np.float32)
+    slice_ = mm.Volume(hu, (2.5, 0.7, 0.7), (1, 2, 3), unit="HU")
+    mm.write(tmp_path / "ct.nii.gz", slice_)
+    words = ["predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz", "--weights", weights / "plain-unet.safetensors"]
+    assert run(*words) == 2 and "add --hu-range -1000 400" in said(capsys) and not (tmp_path / "a.nii.gz").exists()
+    assert run(*words, "--hu-range", -1000, 400) == 0
+    alpha = mm.read(tmp_path / "a.nii.gz")
+    assert alpha.spacing == pytest.approx(slice_.spacing) and np.allclose(alpha.origin, slice_.origin) and alpha.unit == ""
+    net = load_network(weights / "plain-unet.safetensors")[0]
+    np.testing.assert_allclose(alpha.array[0], predict(net, ((hu[0] + 1000) / 1400).clip(0, 1)).alpha, atol=1e-6)
+    mm.write(tmp_path / "ct3.nii.gz", mm.Volume(np.repeat(hu, 3, 0), (2.5, 0.7, 0.7), unit="HU"))
+    capsys.readouterr()
+    assert run("predict", tmp_path / "ct3.nii.gz", *words[2:], "--hu-range", -1000, 400, "--overwrite") == 2
+    assert "a volume of 3 slices" in said(capsys)
+
+
+def test_a_folder_goes_on_past_a_bad_file_and_resumes(weights, tmp_path, capsys):
+    folder, out = tmp_path / "images", tmp_path / "alphas"
+    for i in range(3):
+        mm.write(folder / f"{i}.png", np.full((16, 16), 80 * i, np.uint8))
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("left alone")
+    words = ["predict", folder, "-o", out, "--uncertainty", tmp_path / "maps", "--weights", weights / "region-aware.safetensors"]
+    assert run(*words) == 1
+    assert str(folder / "1.png") in said(capsys)
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "maps").iterdir()} == {"0.png", "2.png"}
+    first = (out / "0.png").stat().st_mtime_ns
+    mm.write(folder / "1.png", np.full((16, 16), 80, np.uint8))
+    assert run(*words) == 0
+    assert "3 images, 2 done before" in capsys.readouterr().out and (out / "0.png").stat().st_mtime_ns == first
+    assert run(*words, "--overwrite") == 0 and (out / "0.png").stat().st_mtime_ns > first
+
+
+def test_refusals_of_predict(weights, picture, tmp_path, capsys):
+    words = ["predict", tmp_path / "in.png", "-o", tmp_path / "a.png", "--weights", weights / "plain-unet.safetensors"]
+    (tmp_path / "other.safetensors").write_bytes(b"none")
+    (tmp_path / "empty").mkdir()
+    mm.write(tmp_path / "jpg" / "b.png", picture)
+    mm.write(tmp_path / "jpg2" / "b.png", picture)
+    for change, message in [
+        (["--weights", tmp_path / "other.safetensors"], "not a whole weights file"),
+        (["--weights", tmp_path / "none.safetensors"], "none.safetensors, but accepted is a file that exists"),
+        (["--uncertainty", tmp_path / "u.png"], "--uncertainty: got it with weights of plain-unet"),
+        (["--uncertainty", tmp_path / "a.png"], "another place than --output"),
+        (["--tile", 0], "tile, overlap"),
+    ]:
+        assert run(*words, *change) == 2
+        assert message in said(capsys) and not (tmp_path / "a.png").exists() and not (tmp_path / "u.png").exists()
+    assert run("predict", tmp_path / "empty", *words[2:]) == 2 and "a folder without images" in said(capsys)
+    assert run("predict", tmp_path / "jpg", tmp_path / "jpg2", *words[2:]) == 2 and "which would go to one file" in said(capsys)
+    (tmp_path / "a.png").write_bytes(b"older")
+    assert run(*words) == 2 and "add --overwrite" in said(capsys) and (tmp_path / "a.png").read_bytes() == b"older"
+    assert run("predict", tmp_path / "jpg", *words[2:]) == 2 and "a.png, a file" in said(capsys)
+
+
+def test_matte_takes_the_precision(tmp_path):
+    from medmatting.photographs import skin
+
+    image = skin("ISIC_0014616")
+    mm.write(tmp_path / "i.png", image.image[::4, ::4])
+    mm.write(tmp_path / "m.png", image.mask[::4, ::4])
+    words = ["matte", tmp_path / "i.png", "--mask", tmp_path / "m.png", "--band-mm", 2, "-o", tmp_path / "a.png", "--info", tmp_path / "i.json"]
+    assert run(*words, "--precision", "half") == 2
+    assert run(*words, "--precision", "double") == 0 and json.loads((tmp_path / "i.json").read_text())["precision"] == "double"
