@@ -244,7 +244,7 @@ def matte(
                              solved.residual, clipped, overshoot,
                              perf_counter() - began, solved.nbytes / 1e6, solved.precision)
 
-# %% ../nbs/19_matting.ipynb #d279842d
+# %% ../nbs/19_matting.ipynb #edb2a55d
 def _clip(alpha, labels, soft) -> tuple[int, int, float]:
     "Clip to [0, 1] in place: unknown voxels, how many left it by more than 1e-6, and by how much at most."
     parts, found = alpha.reshape(labels.shape), np.zeros((len(labels), 3))
@@ -277,13 +277,15 @@ def _known_values(hu, labels, plus, window, foreground) -> np.ndarray:
     values = np.zeros(labels.shape, np.float32)
     if not plus:
         run_chunks(_fill_foreground, len(labels), labels, values)
-    else:
-        inside = labels == 255
-        if foreground is not None and not callable(foreground):
-            refuse("foreground", describe(foreground), "a function of HU", "use functools.partial(medmatting.calibrate, ...)")
-        calibrated = np.asarray(foreground(hu[inside]) if foreground else calibrate(hu[inside], window))
-        if calibrated.dtype.kind not in "iuf" or calibrated.shape != (inside.sum(),) or not (calibrated.min() >= 0 and calibrated.max() <= 1):
-            refuse("foreground", describe(calibrated), "one value within [0, 1] for each foreground voxel",
-                   "use functools.partial(medmatting.calibrate, ...)")
-        values[inside] = calibrated
+        return values
+    if foreground is not None and not callable(foreground):
+        refuse("foreground", describe(foreground), "a function of HU", "use functools.partial(medmatting.calibrate, ...)")
+    slices = [part[own == 255] for part, own in zip(hu, labels)]
+    inside = np.concatenate(slices)
+    calibrated = np.asarray(foreground(inside) if foreground else calibrate(inside, window))
+    if calibrated.dtype.kind not in "iuf" or calibrated.shape != inside.shape or not (calibrated.min() >= 0 and calibrated.max() <= 1):
+        refuse("foreground", describe(calibrated), "one value within [0, 1] for each foreground voxel",
+               "use functools.partial(medmatting.calibrate, ...)")
+    for part, own, found in zip(values, labels, np.split(calibrated, np.cumsum([len(part) for part in slices])[:-1])):
+        part[own == 255] = found
     return values

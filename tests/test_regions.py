@@ -1,5 +1,7 @@
 """Independent unknown regions: found, solved side by side, identical to solving each alone."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,42 @@ def test_result_does_not_depend_on_threads(monkeypatch):
 def test_regions_agree_with_one_joint_solve():
     image, trimap = study(CENTRES)
     assert abs(mm.matte(image, trimap, tol=1e-10) - mm.matte(image, trimap, windows="all", tol=1e-10)).max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["cf", "lb"])
+@pytest.mark.parametrize("options", [{}, dict(constraint_weight=50.0)])
+def test_each_lesion_is_solved_as_if_alone_to_the_last_bit(method, options):
+    image, trimap = study(CENTRES)
+    together = mm.matte(image, trimap, method, **options)
+    groups = list(independent_groups(trimap))
+    assert len(groups) == len(CENTRES)
+    for box, labels in groups:
+        assert np.array_equal(mm.matte(image[box], labels, method, **options)[labels == 128], together[box][labels == 128])
+
+
+def test_a_lesion_reaches_only_its_own_box():
+    "One lesion in a study costs and gives what it does in its crop; the rest is background, exactly."
+    image, trimap = study(CENTRES[:1])
+    alone = mm.matte(image[:24, :24, :24], trimap[:24, :24, :24])
+    alpha = mm.matte(image, trimap)
+    assert np.array_equal(alpha[:24, :24, :24], alone) and alpha.sum() == pytest.approx(alone.sum())
+
+
+@pytest.mark.parametrize("method", ["cf", "cf+"])
+def test_memory_beyond_the_matte_follows_the_lesions(method, monkeypatch):
+    "Allocated at any time beyond the matte: less than half a byte for each voxel of the study, and some systems of one lesion."
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    image, trimap = study(CENTRES)
+    hu = np.full((160, 240, 240), -900, np.int16)
+    large = np.zeros(hu.shape, np.uint8)
+    hu[:48, :60, :64], large[:48, :60, :64] = image * 1400 - 1000, trimap
+    hu[-48:, -60:, -64:], large[-48:, -60:, -64:] = image * 1400 - 1000, trimap
+    mm.matte(hu[:48, :60, :64], trimap, method, hu_range=(-1000, 400))  # compiled, imported
+    tracemalloc.start()
+    alpha, info = mm.matte(hu, large, method, hu_range=(-1000, 400), return_info=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - alpha.nbytes < hu.size / 2 + 5e6 * info.megabytes
 
 
 def test_memory_is_that_of_the_largest_regions(monkeypatch):
