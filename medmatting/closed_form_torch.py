@@ -44,7 +44,7 @@ def to_device(name: str):
         refuse("device", repr(name), " or ".join(map(repr, known)), "use the default, 'cpu', or install a CUDA build")
     return torch.device(name)
 
-# %% ../nbs/13_closed_form_torch.ipynb #49b0dbae
+# %% ../nbs/13_closed_form_torch.ipynb #c52220b2
 class TorchClosedForm:
     "Closed-form system on the dense crop of a region, in PyTorch (Eq. 2 and 3)."
 
@@ -130,12 +130,14 @@ class TorchClosedForm:
 
     def apply(self, p, out) -> float:
         "out = A p; returns p'A p."
-        out.copy_(self.free * (self._product(p) + self.penalty * p))
+        import torch
+
+        torch.mul(self._product(p).addcmul_(self.penalty, p), self.free, out=out)
         return self.dot(p, out)
 
     def zeros(self):
         "A vector of zeros."
-        return 0.0 * self.rhs
+        return self.rhs.new_zeros(self.rhs.shape)
 
     def start(self):
         "First guess, in float64."
@@ -155,7 +157,9 @@ class TorchClosedForm:
 
     def dot(self, a, b) -> float:
         "Scalar product, summed in float64."
-        return float((a * b).double().sum())
+        import torch
+
+        return float(torch.sum(a * b, dtype=torch.float64))
 
     def step(self, a, x, r, p, q) -> tuple[float, float]:
         "x += a p and r -= a q in place; returns r'r/M and r'r."
@@ -165,7 +169,7 @@ class TorchClosedForm:
 
     def turn(self, beta, p, r):
         "p = r/M + beta p, in place."
-        p.mul_(beta).add_(r / self.diagonal)
+        p.mul_(beta).addcdiv_(r, self.diagonal)
 
     def alpha(self, x) -> np.ndarray:
         "Alpha on the stored voxels: the solution where free, S elsewhere."
