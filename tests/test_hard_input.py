@@ -89,16 +89,21 @@ def test_voxels_that_rounding_would_detach_are_solved_in_double_precision(monkey
     assert mm.matte(BALL, SHELL, return_info=True)[1].precision == "single"
 
 
+@pytest.mark.parametrize("precision", [None, "double"])
+def test_weak_voxels_are_solved_to_a_smaller_residual(precision):
+    "Diagonal entries of spikes in flat tissue are a millionth of the others: the usual residual leaves 0.12 here."
+    distance = np.sqrt(((np.indices((14, 14, 14)) - 7) ** 2).sum(0))
+    trimap = np.where(distance < 2, 255, np.where(distance > 5, 0, 128)).astype(np.uint8)
+    image = np.where(np.random.default_rng(1).random(trimap.shape) < 0.02, 1.0, 0.2)
+    assert abs(mm.matte(image, trimap, precision=precision) - mm.matte(image, trimap, solver="direct")).max() < 1e-4
+
+
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("precision, noise", [(None, 1e-3), ("double", 1e-3), (None, 0.0), ("double", 0.0)])
-def test_spikes_in_flat_tissue_keep_the_promise(seed, precision, noise):
-    "Diagonal entries of lone spikes are a millionth of the others: the usual residual leaves errors of 0.1."
+@pytest.mark.parametrize("precision", [None, "double"])
+def test_spikes_in_weak_noise_keep_the_promise(seed, precision):
+    "Noise of 1.4 HU, spikes that touch."
     random = np.random.default_rng(seed)
-    spiked = random.random(SHAPE) < 0.02
-    if not noise:  # spikes that touch in an image without noise are beyond the promise
-        spiked[:] = False
-        spiked[2:8:4, 2:14:4, 2:14:4] = random.random((2, 3, 3)) < 0.5
-    image = np.where(spiked, 1.0, 0.2 + random.normal(0, noise, SHAPE)).clip(0, 1)
+    image = np.where(random.random(SHAPE) < 0.02, 1.0, 0.2 + random.normal(0, 1e-3, SHAPE)).clip(0, 1)
     assert abs(mm.matte(image, SHELL, precision=precision) - mm.matte(image, SHELL, solver="direct")).max() < 1e-4
 
 

@@ -58,6 +58,18 @@ def test_single_precision_keeps_the_promise(make, card, seed, weight):
         assert solution.residual <= 1e-6
 
 
+@pytest.mark.parametrize("make", CARD)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+def test_tensors_keep_the_promise_in_both_precisions(make, seed, number):
+    image, trimap = nodule(seed)
+    exact = exact_alpha(system_of(dict(zip(CARD, HOST))[make], image, trimap))
+    system = system_of(make, image, trimap, number)
+    solution = pcg(system, 1e-6)
+    assert str(system.zeros().dtype) == f"torch.{np.dtype(number)}" and str(solution.x.dtype) == "torch.float64"
+    assert abs(system.alpha(solution.x) - exact).max() < 1e-4 and solution.residual <= 1e-6
+
+
 @pytest.mark.parametrize("make", HOST)
 @pytest.mark.parametrize("weight", [None, 50.0])
 def test_reported_residual_is_that_of_float64(make, weight, monkeypatch):
