@@ -125,14 +125,14 @@ class Solution:
     iterations: int  # products with the matrix; 0 for a direct solve
     residual: float  # norm(b - A x) / norm(b), recomputed in float64
 
-# %% ../nbs/11_linear.ipynb #ae44b2de
+# %% ../nbs/11_linear.ipynb #b2662aa0
 def pcg(
     system,  # start(), residual(x, out), apply(p, out), zeros(), dot, step, turn, trust
     tol: float = 1e-6,  # relative residual to reach
     max_iterations: int = 10_000,  # products with the matrix
     progress: Callable[[int, float], None] | None = None,  # called with iteration and relative residual
 ) -> Solution:  # x, iterations, true residual
-    "Conjugate gradients with Jacobi preconditioner; raises `ConvergenceError` instead of returning a bad answer."
+    "Conjugate gradients with the preconditioner of the system, Jacobi unless it has its own; raises `ConvergenceError` instead of returning a bad answer."
     x, r, p, q = system.start(), system.zeros(), system.zeros(), system.zeros()
     size = system.dot(system.residual(x, r), r) ** 0.5
     if size == 0:
