@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONE', 'TWO', 'SLAB', 'invert', 'WindowSystem', 'ClosedForm']
 
-# %% ../nbs/12_closed_form.ipynb #a2793882
+# %% ../nbs/12_closed_form.ipynb #cf41c5eb
 from copy import copy
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .compiled import kernel
 from .energy import CHUNK, Region
-from .linear import HostSystem, run_chunks
+from .linear import SHARE, HostSystem, run_chunks
 
 # %% ../nbs/12_closed_form.ipynb #1d161efd
 ONE, TWO = np.uint64(1), np.uint64(2)
@@ -201,7 +201,7 @@ def _collect(start, stop, bounds, begin, length, source, longest, image, count, 
         for k in range(begin[-1] + length[-1], np.uint64(out.size)):
             out[k] = 0.0
 
-# %% ../nbs/12_closed_form.ipynb #1d8c80da
+# %% ../nbs/12_closed_form.ipynb #884fc4c0
 class WindowSystem(HostSystem):
     "Matrix-free system of a sum over windows on the stored voxels of a region (Eq. 2 and 3)."
 
@@ -240,7 +240,7 @@ class WindowSystem(HostSystem):
         raise NotImplementedError
 
     def _run(self, function, runs, *arguments):
-        run_chunks(function, runs.chunks, *runs.arrays, self.image, *arguments)
+        run_chunks(function, runs.chunks, *runs.arrays, self.image, *arguments, share=SHARE)
 
     def covariances(self, eps: float):
         "Means into `centre`, covariances + eps/|w| into `matrix`."
@@ -286,7 +286,7 @@ class WindowSystem(HostSystem):
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
         "out = A p; returns p'A p."
         sums = np.empty(self.voxels.chunks)
-        run_chunks(_multiply, -(-p.size // CHUNK), self.image, p[None], self.products)
+        run_chunks(_multiply, -(-p.size // CHUNK), self.image, p[None], self.products, share=SHARE)
         self._run(_fit, self.windows, self.scale, self.weight, self.centre, self.matrix, p[None], self.products, self.fits)
         self._run(_collect, self.voxels, self.count, self.number(self.penalty), self.region.unknown, self.fits, p, out, sums)
         return float(sums.sum())
