@@ -14,8 +14,8 @@ import numpy as np
 from .checks import refuse
 from .compiled import kernel
 
-# %% ../nbs/10_energy.ipynb #518955c8
-PRECISIONS = ("single", "double")
+# %% ../nbs/10_energy.ipynb #ce0d37e5
+PRECISIONS = {"single": np.float32, "double": np.float64}
 
 
 @dataclass(frozen=True)

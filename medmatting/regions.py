@@ -50,7 +50,7 @@ def independent_groups(
         inside[(inside == 128) & ~own[tuple(slice(n) for n in inside.shape)]] = 0  # another group's: out of reach of every window
         yield box, inside
 
-# %% ../nbs/18a_regions.ipynb #3bc64ed5
+# %% ../nbs/18a_regions.ipynb #bc80af34
 def solve_groups(
     solve: Callable,  # function of a Problem and a progress callback; puts alpha into `known` where its windows reach
     problem: Problem,  # the whole problem; its `known` becomes alpha
@@ -77,4 +77,4 @@ def solve_groups(
             pass
     largest = sorted((s.nbytes for s in done), reverse=True)[:threads]
     return Solved(problem.known, max(s.iterations for s in done), max(s.residual for s in done), done[0].solver,
-                  sum(s.stored for s in done), sum(largest), max((s.precision for s in done), key=PRECISIONS.index))
+                  sum(s.stored for s in done), sum(largest), max((s.precision for s in done), key=list(PRECISIONS).index))

@@ -120,7 +120,7 @@ def make_fabric(
         warnings.simplefilter("ignore")  # it advises to use more of the machine
         return Fabric(accelerator=device, devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", precision=precision)
 
-# %% ../nbs/33_train.ipynb #98e967b1
+# %% ../nbs/33_train.ipynb #c59c9e8b
 def train(
     model: torch.nn.Module,  # called with a batch (stacked samples and "epoch") it gives a dict of scalar loss terms; "loss" is minimised
     samples: Sequence[dict],  # each a dict of tensors of one size, and "name"
@@ -148,8 +148,7 @@ def train(
             row = _one_step(wrapped, optimiser, fabric, step, _batch(samples, step, mine, recipe, prepare), recipe)
             history.append({"step": step, **row})
             if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-                row = _watch(watch, step, model)
-                history[-1].update(row)
+                history[-1].update(_watch(watch, step, model))
                 fabric.barrier()
                 if fabric.is_global_zero:
                     _save(path, model, optimiser, fabric, recipe, history)

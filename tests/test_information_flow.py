@@ -421,7 +421,7 @@ def test_local_term_that_cannot_be_factorised_falls_back_to_jacobi(monkeypatch):
 
     problem = noisy((1, 20, 40))
     alpha = solve(problem, 1e-9, 5000).alpha
-    for name, value in (("factorise", lambda *arguments: None), ("FACTOR_LIMIT", 0)):
+    for name, value in (("factorise", lambda *arguments: None), ("LARGEST", 0)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert abs(solve(problem, 1e-9, 5000).alpha - alpha).max() < 1e-5
