@@ -110,7 +110,7 @@ def test_equals_the_literal_energy(problem):
         inner, inner_right = dense[~fixed][:, ~fixed], (right - dense[:, fixed] @ known[fixed])[~fixed]
     alpha = solve(problem, 1e-13, 5000, **OPTIONS).alpha
     alpha = (alpha if problem.labels.shape[2] > 1 else np.swapaxes(alpha, 0, 2)).ravel()
-    assert abs(alpha[~fixed] - np.linalg.solve(inner, inner_right)).max() < 1e-6  # alpha is float32
+    assert abs(alpha[~fixed] - np.linalg.solve(inner, inner_right)).max() < 1e-5  # alpha is float32, and few constraints may hold it
 
 
 @settings(max_examples=30, deadline=None)
@@ -122,7 +122,7 @@ def test_soft_form_equals_the_literal_energy(problem, weight):
     fixed, known = problem.labels.ravel() != 128, problem.known.ravel()
     exact = np.linalg.solve(dense + weight * np.diag(fixed), right + weight * fixed * known)
     solved = solve(problem, 1e-13, 5000, **OPTIONS, constraint_weight=weight)
-    assert abs(solved.alpha.ravel() - exact).max() < 1e-6
+    assert abs(solved.alpha.ravel() - exact).max() < 1e-5
 
 
 def test_soft_form_moves_known_voxels_that_no_window_holds():
