@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .checks import describe, refuse
 
-# %% ../nbs/31_augment.ipynb #366f30c2
+# %% ../nbs/31_augment.ipynb #5c07e2f0
 @dataclass(frozen=True)
 class Augmentation:
     "How far each transformation may go; 0 (or a zoom of 1) switches it off."
@@ -26,6 +26,7 @@ class Augmentation:
     zoom: float = 1.0  # largest factor; its logarithm is uniform, so that 1/zoom is as likely as zoom
     elastic: float = 0.017  # standard deviation of the displacement along each axis, in shorter sides of the image
     smoothness: float = 0.15  # width of the Gaussian that smooths the displacement, in shorter sides
+    crop: int | None = None  # side in pixels of the square that is cut out at random after all that; None: nothing is cut
 
     def __post_init__(self):
         limits = dict(flip=(0, 1), rotation=(0, 180), zoom=(1, 4), elastic=(0, 0.2), smoothness=(0.02, 1))
@@ -33,6 +34,8 @@ class Augmentation:
             value = getattr(self, name)
             if not isinstance(value, Real) or not low <= value <= high:
                 refuse(name, describe(value), f"a number from {low} to {high}", "take the default, or a value within")
+        if self.crop is not None and (type(self.crop) is not int or self.crop < 1):
+            refuse("crop", describe(self.crop), "None or a whole number of pixels", "leave it out to train on whole images")
 
 # %% ../nbs/31_augment.ipynb #b34a3df3
 def linear_maps(
@@ -97,9 +100,9 @@ def read_at(
     read = F.grid_sample(values, grid.to(values), mode, padding_mode="reflection", align_corners=False)
     return read.clamp(values.min(), values.max())  # rounding can leave the range by the last digit
 
-# %% ../nbs/31_augment.ipynb #81e4ad73
+# %% ../nbs/31_augment.ipynb #bc967d93
 class Augmented(NamedTuple):
-    "A batch after augmentation, shapes and types as before."
+    "A batch after augmentation, types as before, shapes too where nothing is cut out."
 
     image: torch.Tensor  # (B, C, H, W)
     alpha: torch.Tensor  # (B, 1, H, W), in [0, 1]
@@ -116,8 +119,20 @@ def augment(
     "Transform each image of a batch at random, its matte and masks with it."
     _check_together(image, alpha, masks, generator)
     grid = sampling_grid(settings, len(image), tuple(image.shape[2:]), generator)
+    if settings.crop:
+        grid = _cut(grid, settings.crop, generator)
     moved = read_at(image, grid), read_at(alpha, grid)
     return Augmented(*moved, None if masks is None else read_at(masks.float(), grid, nearest=True).to(masks.dtype))
+
+# %% ../nbs/31_augment.ipynb #6288c9ab
+def _cut(grid: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
+    "A square (B, side, side, 2) of the grid of each image, anywhere in it."
+    room = [n - side for n in grid.shape[1:3]]
+    if min(room) < 0:
+        refuse("crop", f"{side} for images of {grid.shape[1]} x {grid.shape[2]} pixels", "at most the shorter side", "give less, or None")
+    draw = lambda most: int(torch.randint(most + 1, (), generator=generator, device=generator.device))
+    corners = [(draw(room[0]), draw(room[1])) for _ in grid]
+    return torch.stack([one[y : y + side, x : x + side] for one, (y, x) in zip(grid, corners)])
 
 # %% ../nbs/31_augment.ipynb #3cd17b49
 def _check_together(image, alpha, masks, generator):

@@ -150,3 +150,30 @@ X, A, G = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), generator()
 def test_bad_input_is_refused_by_name(call, name):
     with pytest.raises(InputError, match=f"^{name}: "):
         call()
+
+
+def test_a_crop_is_a_window_of_the_same_size_in_image_matte_and_masks():
+    image, alpha, masks = batch(n=30)
+    out = au.augment(image, alpha, masks, au.Augmentation(**{**OFF, "crop": 20}), generator())
+    windows = alpha[0, 0].unfold(0, 20, 1).unfold(1, 20, 1)
+    found = set()
+    for cut, matte, raters in zip(out.image, out.alpha, out.masks):
+        where = ((windows - matte[0]).abs().amax((2, 3)) < 1e-5).nonzero()
+        assert len(where) == 1, "the matte is one window of the whole"
+        y, x = where[0].tolist()
+        assert torch.allclose(cut, image[0, :, y : y + 20, x : x + 20], atol=1e-5)
+        assert torch.equal(raters, masks[0, :, y : y + 20, x : x + 20])
+        found.add((y, x))
+    assert len(found) > 15, "it can be anywhere"
+
+
+@pytest.mark.parametrize("crop", [0, -3, 2.0, True])
+def test_a_crop_is_a_whole_number(crop):
+    with pytest.raises(InputError, match="crop"):
+        au.Augmentation(crop=crop)
+
+
+def test_a_crop_larger_than_the_image_is_refused():
+    image, alpha, masks = batch(size=(20, 30))
+    with pytest.raises(InputError, match="20 x 30"):
+        au.augment(image, alpha, masks, au.Augmentation(crop=21), generator())
