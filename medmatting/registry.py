@@ -76,7 +76,7 @@ def _listed(folder: Path) -> tuple[DataFile, ...]:
     size = lambda path: path.stat().st_size if path.is_file() else 0
     return tuple(DataFile(name, size(folder / name), sha256) for sha256, name in pairs)
 
-# %% ../nbs/40_registry.ipynb #1ece87ee
+# %% ../nbs/40_registry.ipynb #bf7f5899
 LIDC_CITATION = (
     "Armato III SG et al. (2015) Data From LIDC-IDRI, The Cancer Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX; "
     "Armato SG III et al. (2011) Medical Physics 38:915-931; Clark K et al. (2013) J Digit Imaging 26:1045-1057; "
@@ -94,6 +94,10 @@ _SHAPES = Dataset(
     "lidc_shapes", "masks and ratings by four radiologists of 897 lung nodules, without CT",
     "https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX", "CC BY 3.0", LIDC_TERMS, LIDC_CITATION,
 )
+_LUNGS = Dataset(
+    "lidc_backgrounds", "20 real blocks of lung without a nodule, in HU",
+    "https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX", "CC BY 3.0", LIDC_TERMS, LIDC_CITATION,
+)
 
 # %% ../nbs/40_registry.ipynb #0b97d520
 _SKIN = Dataset(
@@ -109,7 +113,7 @@ _NATURAL = Dataset(
     " J Open Source Software 5(54):2481",
 )
 
-# %% ../nbs/40_registry.ipynb #039c1533
+# %% ../nbs/40_registry.ipynb #d6f0804f
 _BRAIN_HOME = "https://raw.githubusercontent.com/wangsssky/MedicalMatting/fbddff7d1ac197eff5d7038c8d857ad49bc386dc"
 
 _BRAIN = Dataset(
@@ -125,7 +129,7 @@ _BRAIN = Dataset(
     ),
 )
 
-DATASETS = {dataset.name: dataset for dataset in (_NODULES, _SHAPES, _SKIN, _NATURAL, _BRAIN)}
+DATASETS = {dataset.name: dataset for dataset in (_NODULES, _SHAPES, _LUNGS, _SKIN, _NATURAL, _BRAIN)}
 
 # %% ../nbs/40_registry.ipynb #3aaaa5c5
 def dataset(
