@@ -1,0 +1,140 @@
+"""Samples, crops, recipe and prediction of 3DMM."""
+
+import numpy as np
+import pytest
+import torch
+
+from medmatting.checks import InputError
+from medmatting.matting3d import Matting3D
+from medmatting.predict3d import predict_volume, spread
+from medmatting.recipes3d import Crops, Objective3D, Prepare3D, make_sample3d, paper_recipe3d, scale_hu
+from medmatting.train import TrainingError, train
+from medmatting.volumes import Volume
+
+SMALL = dict(widths=(2, 4), units=1, convs=1)
+
+
+def ball(side=16, radius=4.0, seed=0):
+    "A sample: a soft ball in noise."
+    random, axes = np.random.default_rng(seed), np.ogrid[tuple(slice(-(side - 1) / 2, side / 2) for _ in range(3))]
+    distance = np.sqrt(sum(axis**2 for axis in axes))
+    alpha = np.clip((radius + 1 - distance) / 2, 0, 1)
+    masks = np.stack([distance < radius + d for d in (-1, 0, 0, 1)])
+    return make_sample3d(f"ball{seed}", alpha * 900 - 850 + random.normal(0, 20, alpha.shape), alpha, masks)
+
+
+def test_sample_holds_overlap_and_union_of_the_readers():
+    sample = ball()
+    assert sample["overlap"].sum() < sample["union"].sum() and ((sample["overlap"] > 0) <= (sample["union"] > 0)).all()
+    assert scale_hu(np.array([-2000, -1000, -300, 400, 3000])).tolist() == [0, 0, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize("crops", [Crops((8, 8, 8)), Crops((8, 8, 8), aimed=0), Crops((24, 12, 20)), Crops((1, 8, 8))])
+def test_crops_have_their_size_and_keep_to_the_ranges(crops):
+    for seed in range(20):
+        crop = Prepare3D(crops)(ball(), torch.Generator().manual_seed(seed))
+        for name in ("image", "alpha", "overlap", "union"):
+            assert crop[name].shape == (1, *crops.size) and 0 <= crop[name].min() and crop[name].max() <= 1
+        assert set(crop["overlap"].unique().tolist()) <= {0, 1} and (crop["overlap"] <= crop["union"]).all()
+
+
+def test_each_part_of_the_augmentation_changes_the_crop_and_moves_all_maps_together():
+    sample = ball()
+    sample["image"][0, :, :8] += 0.1  # not symmetric
+    still = dict(flip=0, rotation=0, aimed=0)
+    plain = Prepare3D(Crops((16, 16, 16), **still))(sample, torch.Generator().manual_seed(0))
+    for change in (dict(flip=1), dict(rotation=90.0)):
+        moved = Prepare3D(Crops((16, 16, 16), **{**still, **change}))(sample, torch.Generator().manual_seed(3))
+        assert (moved["image"] - plain["image"]).abs().max() > 0.05, change
+    sample["image"] = sample["alpha"].clone()
+    moved = Prepare3D(Crops((12, 12, 12)))(sample, torch.Generator().manual_seed(0))
+    assert torch.equal(moved["image"].clamp(0, 1), moved["alpha"])
+
+
+def test_aimed_crops_contain_the_nodule_where_others_miss_it():
+    sample = ball(side=40, radius=2.0)
+    hits = {aimed: sum(bool(Prepare3D(Crops((10, 10, 10), aimed=aimed))(sample, torch.Generator().manual_seed(s))["union"].any()) for s in range(40))
+            for aimed in (0.0, 1.0)}  # fmt: skip
+    assert hits[1.0] >= 38 and hits[0.0] <= 12
+
+
+def test_volumes_smaller_than_the_crop_repeat_their_border():
+    sample = ball(side=8)
+    crop = Prepare3D(Crops((16, 8, 8), flip=0, rotation=0))(sample, torch.Generator().manual_seed(0))
+    assert torch.allclose(crop["image"][:, 0], sample["image"][:, 0], atol=1e-5) and torch.allclose(crop["image"][:, 3], crop["image"][:, 0], atol=1e-5)
+
+
+def test_trains_with_the_loop_of_the_2d_networks_and_continues(tmp_path):
+    def run(folder, steps_then_stop=None):
+        torch.manual_seed(0)
+        objective, told = Objective3D(Matting3D(**SMALL)), []
+
+        def watch(step, model):
+            told.append(step)
+            if step + 1 == steps_then_stop:
+                raise KeyboardInterrupt
+            return {}
+
+        recipe = paper_recipe3d(2, epochs=3, batch=2, rate=0.01)
+        history = train(objective, [ball(seed=s) for s in range(2)], recipe, folder, Prepare3D(Crops((8, 8, 8))), save_every=1, watch=watch, progress=False)
+        return history, objective.net.state_dict()
+
+    history, whole = run(tmp_path / "whole")
+    assert len(history) == 3 and set(history[0]) == {"step", "loss", "overlap", "union", "alpha", "grad"}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", steps_then_stop=2)
+    _, continued = run(tmp_path / "cut")
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+def test_a_loss_that_is_no_number_names_step_and_case(tmp_path):
+    sample = ball()
+    sample["alpha"][:] = torch.nan
+    with pytest.raises(TrainingError, match="step 0.*ball0"):
+        train(Objective3D(Matting3D(**SMALL)), [sample], paper_recipe3d(1, epochs=1, batch=1), tmp_path, progress=False)
+
+
+def test_the_recipe_is_the_papers():
+    recipe = paper_recipe3d(605)
+    assert (recipe.batch, recipe.rate, recipe.weight_decay, recipe.warmup, recipe.steps) == (16, 3e-4, 5e-5, 37, 300 * 37)
+
+
+@pytest.mark.parametrize("shape, spacing", [((20, 33, 17), (1.2, 0.7, 0.7)), ((5, 9, 9), (2.5, 0.6, 0.6)), ((1, 40, 40), (3.0, 0.5, 0.5))])
+def test_one_tile_and_many_agree_where_the_network_looks_at_single_voxels(shape, spacing):
+    net = Matting3D(widths=(2,), units=1, convs=1).eval()
+    for layer in net.modules():  # only the middle tap
+        if isinstance(layer, torch.nn.Conv3d) and layer.kernel_size[0] == 3:
+            with torch.no_grad():
+                layer.weight *= torch.nn.functional.pad(torch.ones(1, 1, 1), [1] * 6)
+    smooth = np.broadcast_to(np.linspace(-800, 0, shape[1], dtype=np.float32)[None, :, None], shape).copy()
+    ct = Volume(smooth, spacing, unit="HU")
+    whole = predict_volume(net, ct, tile=96).alpha.array
+    tiled = predict_volume(net, ct, tile=10, overlap=4).alpha.array
+    assert whole.shape == shape and whole.dtype == np.float32 and np.isfinite(whole).all()
+    assert np.abs(tiled - whole)[:, 2:-2].max() < 0.02 * max(np.ptp(whole), 0.1)
+
+
+@pytest.mark.parametrize("length, tile, overlap", [(1, 5, 2), (5, 5, 2), (6, 5, 4), (97, 13, 0), (97, 13, 12)])
+def test_intervals_cover_an_axis(length, tile, overlap):
+    parts = spread(length, tile, overlap)
+    assert parts[0].start == 0 and parts[-1].stop == length
+    assert all(a.stop - b.start >= overlap for a, b in zip(parts, parts[1:])) and all(p.stop - p.start == min(tile, length) for p in parts)
+
+
+def test_rows_of_other_weights_are_not_used(tmp_path):
+    ct = Volume(np.random.default_rng(0).normal(-500, 100, (12, 12, 12)).astype(np.float32), (1.0, 1.0, 1.0), unit="HU")
+    answers = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = Matting3D(**SMALL).eval()
+        answers.append((predict_volume(net, ct, work=tmp_path).alpha.array, predict_volume(net, ct).alpha.array))
+    assert all(np.array_equal(kept, fresh) for kept, fresh in answers) and not np.array_equal(answers[0][0], answers[1][0])
+
+
+def test_refusals_name_what_came():
+    net, array = Matting3D(**SMALL).eval(), np.zeros((4, 4, 4), np.float32)
+    for call, told in ((lambda: predict_volume(net, array), "spacing"), (lambda: predict_volume(net, Volume(array, (1, 1, 1))), "HU"),
+                       (lambda: predict_volume(net, array * np.nan, spacing=(1, 1, 1)), "ct"), (lambda: predict_volume(torch.nn.Identity(), array), "3dmm"),
+                       (lambda: Crops((0, 4, 4)), "size"), (lambda: make_sample3d("x", array, array + 2, array[None] > 0), "alpha")):
+        with pytest.raises(InputError, match=told):
+            call()
