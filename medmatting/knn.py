@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'SLAB', 'KERNELS', 'WEIGHTS', 'COLOUR_WEIGHTS', 'KNN', 'default_weights', 'solve']
 
-# %% ../nbs/15_knn.ipynb #78b1bbf1
+# %% ../nbs/15_knn.ipynb #b3a6f0da
 from numbers import Real
 from typing import Callable
 
@@ -15,7 +15,7 @@ from .checks import describe, refuse
 from .compiled import kernel
 from .energy import Problem, Solved
 from .linear import CHUNK, HostSystem, pcg, run_chunks
-from .neighbours import bounding_box, nearest, reachable
+from .neighbours import bounding_box, in_parts, nearest, reachable
 
 # %% ../nbs/15_knn.ipynb #7f7b8492
 ROWS = 4096  # rows of the lists in one piece of work
@@ -137,7 +137,7 @@ def _groups(start, end):
         parent[i] = _root(parent, i)
     return parent
 
-# %% ../nbs/15_knn.ipynb #25673b92
+# %% ../nbs/15_knn.ipynb #15ccd3c5
 SLAB = 40_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
 KERNELS = ("binary", "linear")
 
@@ -174,9 +174,10 @@ class KNN(HostSystem):
         end, weights = np.empty(n * total, np.int32), np.empty(n * total, float if linear else np.uint8)
         lists, links = end.reshape(n, total), np.empty((n if linear else 0, total))
         for (k, weight), stop in zip(searches, np.cumsum([k for k, _ in searches])):
-            found = nearest(problem, self.free, k, weight, distances=linear, out=lists[:, stop - k : stop])
-            if linear:
-                links[:, stop - k : stop] = _links(found, channels)
+            for rows, part in in_parts(self.free):
+                found = nearest(problem, part, k, weight, distances=linear, out=lists[rows, stop - k : stop])
+                if linear:
+                    links[rows, stop - k : stop] = _links(found, channels)
         del found
         run_chunks(_fold, -(-n // ROWS), lists, links, *_numbered(self.free), known, self.anchor, self.rhs)
         run_chunks(_merge, -(-n // ROWS), lists, links, weights.reshape(n, total))
