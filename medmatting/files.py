@@ -6,7 +6,7 @@
 __all__ = ['MEDICAL', 'PICTURES', 'NUMPY', 'WRITABLE', 'TO_LPS', 'TO_MM', 'ONE_CHANNEL', 'DESCRIPTION', 'PLAIN', 'PLACE', 'read',
            'write']
 
-# %% ../nbs/03_files.ipynb #68930843
+# %% ../nbs/03_files.ipynb #781bbe88
 import gzip
 import os
 import sys
@@ -20,6 +20,7 @@ import numpy as np
 
 from .checks import InputError, atomic_path, check_finite, describe, refuse
 from .dicom import read_dicom
+from .segmentation import is_segmentation, read_segmentation, write_segmentation
 from .volumes import Volume, check_same_grid, check_volume
 
 # %% ../nbs/03_files.ipynb #6a4b9ac0
@@ -337,7 +338,7 @@ def _colour(path: Path, array: np.ndarray, channels: bool | None) -> bool:
                "say whether the last axis is colour")
     return array.ndim == 4 if channels is None else bool(channels)
 
-# %% ../nbs/03_files.ipynb #54489ba2
+# %% ../nbs/03_files.ipynb #5f9b4348
 def read(
     path: str | Path,  # file, or folder with one DICOM series
     *,
@@ -358,7 +359,7 @@ def read(
         if value is not None and ending not in endings:
             refuse(name, describe(value), f"no {name} for {path.name}", "leave it out")
     if ending in ("", ".dcm"):
-        volume = read_dicom(path, series)
+        volume = read_segmentation(path) if ending and is_segmentation(path) else read_dicom(path, series)
     elif ending in MEDICAL:
         volume = _read_nifti(path) if ending.startswith(".nii") else _read_itk(path)
     else:
@@ -389,22 +390,25 @@ def _check_path(path: Path, ending: str):
         refuse("path", f"{path}, whose name ends in {ending or 'nothing'!r}",
                f"{', '.join((*MEDICAL, *PICTURES, *NUMPY))}, or a folder of DICOM files", "convert or rename it")
 
-# %% ../nbs/03_files.ipynb #f77a89e9
+# %% ../nbs/03_files.ipynb #e0de4430
 def write(
-    path: str | Path,  # .nii, .nii.gz, .nrrd, .mha, .png, .tif, .npy or .npz; folders are made
+    path: str | Path,  # .nii, .nii.gz, .nrrd, .mha, .png, .tif, .npy, .npz, or .dcm for a matte of a DICOM series; folders are made
     volume,  # a Volume, or an array on the grid of `like`
     like: Volume | None = None,  # where an array lies, for example the CT a matte was made for
     *,
     bits: int = 8,  # PNG of a matte: 8 or 16 bits
+    segment: str = "tissue",  # .dcm: what the matte shows, one of medmatting.segmentation.SEGMENTS
 ) -> Path:  # the path, once the file is complete
     "Write an image; an existing file is kept unless the new one is complete."
     path = Path(os.path.expanduser(path))
     ending = _ending(path)
-    if ending not in WRITABLE or not path.name.endswith(ending):
-        refuse("path", str(path), f"a name in lower case that ends in {', '.join(WRITABLE)}",
-               "choose a format of one file without loss")
+    if ending not in (*WRITABLE, ".dcm") or not path.name.endswith(ending):
+        refuse("path", str(path), f"a name in lower case that ends in {', '.join(WRITABLE)} or .dcm",
+               "choose a format of one file")
     volume = _native(_placed(volume, like, ending))
-    if ending in PICTURES:
+    if ending == ".dcm":
+        write_segmentation(path, volume, like, segment)
+    elif ending in PICTURES:
         _write_picture(path, volume, bits)
     else:
         writer = {".nii": _write_nifti, ".nii.gz": _write_nifti, ".npy": _write_numpy, ".npz": _write_numpy}
@@ -420,7 +424,7 @@ def _native(volume: Volume) -> Volume:
                "convert the array first, for example with astype(np.float32)")
     return volume.with_array(volume.array.astype(dtype.newbyteorder("="), copy=False))
 
-# %% ../nbs/03_files.ipynb #05283676
+# %% ../nbs/03_files.ipynb #0492f47e
 def _placed(volume, like: Volume | None, ending: str) -> Volume:
     "What is to be written as a Volume."
     if isinstance(volume, Volume):
@@ -428,7 +432,7 @@ def _placed(volume, like: Volume | None, ending: str) -> Volume:
             check_same_grid("volume", volume, check_volume("like", like))
         return volume
     array = np.asarray(volume)
-    if like is None and ending in MEDICAL:
+    if like is None and ending in (*MEDICAL, ".dcm"):
         refuse("like", "None for a plain array", "the Volume whose grid the array has",
                "pass like=ct, or wrap the array: Volume(array, spacing=(2.5, 0.7, 0.7))")
     if like is None:

@@ -448,7 +448,7 @@ def test_masks_and_half_precision_become_storable(tmp_path):
 
 
 def test_two_file_formats_are_not_written(tmp_path):
-    for name in ("a.mhd", "a.nhdr", "a.NII", "a", "a.jpg", "a.dcm"):
+    for name in ("a.mhd", "a.nhdr", "a.NII", "a", "a.jpg", "a.DCM"):
         with pytest.raises(InputError, match="path"):
             write(tmp_path / name, scan())
     assert not list(tmp_path.iterdir())
