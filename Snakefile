@@ -7,7 +7,7 @@ from medmatting import manifest, run
 
 ROOT = manifest.find_root(workflow.basedir)
 PROFILE = config.get("profile", "quick")
-ITEMS = [item for item in manifest.read_manifest(ROOT).values() if all(map(run.is_present, item.inputs))]
+ITEMS = [item for item in manifest.read_manifest(ROOT).values() if PROFILE in item.parameters and all(map(run.is_present, item.inputs))]
 CALL = "import sys; from medmatting.run import job; sys.exit(job(*sys.argv[1:]))"
 
 

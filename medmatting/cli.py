@@ -6,8 +6,8 @@
 __all__ = ['add_matte', 'add_trimap_options', 'add_solver_options', 'method_options', 'read_trimap', 'Counter', 'check_output',
            'run_matte', 'matte_one', 'write_json', 'case_words', 'run_case', 'run_batch', 'add_score', 'run_score',
            'add_train', 'add_recipe_options', 'run_train', 'add_predict', 'image_files', 'output_names', 'predict_one',
-           'run_predict', 'predict_many', 'add_data', 'run_data', 'add_reproduce', 'run_reproduce', 'make_parser',
-           'main']
+           'run_predict', 'predict_many', 'add_data', 'run_simnod', 'run_data', 'add_reproduce', 'run_reproduce',
+           'make_parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #b43387b4
 import argparse
@@ -435,20 +435,45 @@ def predict_many(net, arguments) -> int:
         print(f"medmatting: {image}: {reason}", file=sys.stderr)
     return int(bool(failed))
 
-# %% ../nbs/60_cli.ipynb #614ef744
+# %% ../nbs/60_cli.ipynb #dad3ff10
 def add_data(commands):
     "Arguments of `medmatting data`."
-    parser = commands.add_parser("data", help="list, fetch and verify data sets", description="Data sets of this package.")
-    parser.add_argument("action", choices=("list", "fetch", "verify"))
+    parser = commands.add_parser("data", help="list, fetch, verify and simulate data sets", description="Data sets of this package.")
+    parser.add_argument("action", choices=("list", "fetch", "verify", "simnod"), help="simnod makes simulated nodules with known alpha")
     parser.add_argument("name", nargs="?", help="a data set; verify without a name checks all that are present")
     parser.add_argument("--folder", type=Path, help="where data lie (default $MEDMATTING_DATA, or the user's data folder)")
+    simulated = parser.add_argument_group("simulated nodules (simnod)")
+    simulated.add_argument("--cases", type=int, help="how many (default 200); more of the same seed continue a set")
+    simulated.add_argument("--seed", type=int, help="of everything random (default 0)")
+    simulated.add_argument("--side", type=int, choices=(64, 96), help="voxels of 0.5 mm along the edge of a cube (default 64)")
+    simulated.add_argument("-o", "--output", type=Path, help="folder for the cases, which is continued, checked and repaired if it is there")
+    simulated.add_argument("-j", "--jobs", type=int, help="processes side by side (default 2)")
     parser.set_defaults(run=run_data)
 
 
+def run_simnod(arguments, given: dict) -> int:
+    "Make simulated nodules; 1 if a case failed."
+    from medmatting.simnod_set import generate, simnod_set
+
+    if arguments.name or arguments.folder:
+        refuse("arguments", str(arguments.name or arguments.folder), "the options of simnod", "name the folder with -o")
+    dataset = simnod_set(**{name: given[name] for name in ("cases", "seed", "side") if name in given}, folder=arguments.output)
+    done = generate(dataset, given.get("jobs", 2), progress=sys.stderr.isatty())
+    print(f"{dataset.folder}: {done}")
+    for case, reason in done.failed.items():
+        print(f"medmatting: {case}: {reason}", file=sys.stderr)
+    return int(bool(done.failed))
+
+
 def run_data(arguments) -> int:
-    "List, fetch or verify."
+    "List, fetch, verify or simulate."
     from medmatting import registry
 
+    given = {name: value for name in ("cases", "seed", "side", "jobs", "output") if (value := getattr(arguments, name)) is not None}
+    if arguments.action == "simnod":
+        return run_simnod(arguments, given)
+    if given:
+        refuse(", ".join(f"--{name}" for name in given), f"it with {arguments.action}", "these options with simnod", "leave them out")
     if arguments.action == "list":
         print(registry.data_list(arguments.folder).to_string())
     elif arguments.action == "fetch":
@@ -461,13 +486,13 @@ def run_data(arguments) -> int:
             print(f"{name}: {len(registry.verify(name, arguments.folder))} files have the right SHA-256")
     return 0
 
-# %% ../nbs/60_cli.ipynb #1e68bcc6
+# %% ../nbs/60_cli.ipynb #bd16e45e
 def add_reproduce(commands):
     "Arguments of `medmatting reproduce`."
     parser = commands.add_parser("reproduce", help="bring tables and figures up to date",
                                  description="Run the experiments whose notebook, parameters, code or data have changed.")
     parser.add_argument("items", nargs="*", metavar="ITEM", help="ids of the manifest (default: all)")
-    parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="size of the runs (default quick)")
+    parser.add_argument("--profile", choices=("quick", "reduced", "full"), default="quick", help="size of the runs (default quick)")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="items side by side (default 1)")
     parser.set_defaults(run=run_reproduce)
 

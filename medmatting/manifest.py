@@ -31,8 +31,8 @@ def find_root(
     refuse("root", f"a folder without {MANIFEST}", "a checkout of the repository or a folder inside one",
            "clone the repository and run the command there; an installed package carries no experiments")
 
-# %% ../nbs/50_manifest.ipynb #bb8c5b1e
-PROFILES = ("quick", "full")
+# %% ../nbs/50_manifest.ipynb #cf445515
+PROFILES = ("quick", "reduced", "full")  # the later, the nearer to the paper; "reduced" may be missing
 PAPERS = ("three-d-matting", "region-aware-2d", "none")
 
 
@@ -51,7 +51,7 @@ class Item:
     resources: dict  # minutes per profile, memory_gb, gpu
     claims: tuple  # ids of claims that measures.csv informs
 
-# %% ../nbs/50_manifest.ipynb #f3ba64ce
+# %% ../nbs/50_manifest.ipynb #6c77ad41
 def _texts(value) -> bool:
     "Is this a list of non-empty strings without repetition?"
     return isinstance(value, list) and all(isinstance(v, str) and v for v in value) and len(set(value)) == len(value)
@@ -63,8 +63,8 @@ def _number(value) -> bool:
 
 
 def _profiles(value, test) -> bool:
-    "Does this mapping have exactly the known profiles, with values that pass the test?"
-    return isinstance(value, dict) and set(value) == set(PROFILES) and all(map(test, value.values()))
+    "Does this mapping have the known profiles, with values that pass the test?"
+    return isinstance(value, dict) and {"quick", "full"} <= set(value) <= set(PROFILES) and all(map(test, value.values()))
 
 # %% ../nbs/50_manifest.ipynb #9b7af713
 _PICTURES = (".png", ".svg", ".jpg")
@@ -88,7 +88,7 @@ def _resources(value) -> bool:
     return (isinstance(value, dict) and set(value) == {"minutes", "memory_gb", "gpu"}
             and _profiles(value["minutes"], _number) and _number(value["memory_gb"]) and isinstance(value["gpu"], bool))
 
-# %% ../nbs/50_manifest.ipynb #e5313415
+# %% ../nbs/50_manifest.ipynb #8bbe91fe
 def _text(value) -> bool:
     "Is this a non-empty string?"
     return isinstance(value, str) and bool(value.strip())
@@ -103,7 +103,7 @@ _RULES = {
     "notebook": (lambda v: isinstance(v, str) and v.endswith(".ipynb") and not v.startswith("/") and ".." not in v,
                  "a path to a notebook from the repository root"),
     "parameters": (lambda v: _profiles(v, lambda p: isinstance(p, dict)),
-                   f"one mapping for each profile ({', '.join(PROFILES)}), {{}} where nothing is changed"),
+                   "one mapping for each profile (quick, full, and reduced where there is one), {} where nothing is changed"),
     "inputs": (_texts, "a list of data set names"),
     "optional_data": (_texts, "a list of data set names, [] if all inputs are shipped"),
     "outputs": (_outputs, "a mapping from plain file names to {caption: ...}, with alt for pictures"),
@@ -111,7 +111,7 @@ _RULES = {
     "claims": (_texts, "a list of claim ids"),
 }
 
-# %% ../nbs/50_manifest.ipynb #a06359b8
+# %% ../nbs/50_manifest.ipynb #89588536
 def read_item(
     entry,  # one entry of the manifest as YAML gives it
     where: str = "manifest",  # name of the entry for messages
@@ -132,6 +132,8 @@ def read_item(
                "correct the name, or add the data set to the registry")
     if extra := set(entry["optional_data"]) - set(entry["inputs"]):
         refuse(f"{where}, optional_data", repr(sorted(extra)[0]), "names that are also in inputs", "add it to inputs")
+    if odd := set(entry["resources"]["minutes"]) ^ set(entry["parameters"]):
+        refuse(f"{where}, resources", f"minutes or parameters without the profile {odd.pop()!r}", "the same profiles in both", "add it")
     lists = {key: tuple(entry[key]) for key in ("inputs", "optional_data", "claims")}
     return Item(**{**entry, **lists})
 
@@ -160,7 +162,7 @@ def read_defaults(
         refuse(where, "something else than 'name = literal'", "assignments of numbers, strings, lists and the like",
                "move computations to the next cell")
 
-# %% ../nbs/50_manifest.ipynb #7b8f501f
+# %% ../nbs/50_manifest.ipynb #a7fe743f
 def defaults(
     item: Item,  # entry of the manifest
     root: Path,  # repository folder
@@ -180,12 +182,12 @@ def defaults(
 
 def parameters(
     item: Item,  # entry of the manifest
-    profile: str,  # "quick" or "full"
+    profile: str,  # one of PROFILES that the item has
     root: Path,  # repository folder
 ) -> dict:  # every parameter of the notebook with the value of this profile
     "All parameters a run uses: the notebook's defaults, the profile's changes, `out_dir` and `profile`."
-    if profile not in PROFILES:
-        refuse("profile", describe(profile), " or ".join(PROFILES), "choose one of them")
+    if profile not in item.parameters:
+        refuse("profile", describe(profile), f"{' or '.join(item.parameters)} for {item.id}", "choose one of them")
     known = defaults(item, root)
     if unknown := sorted({*item.parameters[profile], "out_dir"} - set(known)):
         refuse(f"manifest item {item.id!r}, parameters", f"{unknown[0]!r}, which {item.notebook} does not define",
@@ -210,7 +212,7 @@ class Manifest(dict):
         rows = [f"| `{i.id}` | {i.title} | {i.paper} | {i.item} |" for i in self.values()]
         return "\n".join(["| id | title | paper | item |", "|---|---|---|---|", *rows])
 
-# %% ../nbs/50_manifest.ipynb #844c30c1
+# %% ../nbs/50_manifest.ipynb #7e637775
 def read_manifest(
     root: str | Path | None = None,  # repository folder; found from the current folder if not given
 ) -> Manifest:  # items by id
@@ -229,7 +231,7 @@ def read_manifest(
         item = read_item(entry, f"number {number}")
         if item.id in manifest:
             refuse(MANIFEST, f"two items with the id {item.id!r}", "ids that differ", "rename one of them")
-        for profile in PROFILES:
+        for profile in item.parameters:
             parameters(item, profile, root)
         manifest[item.id] = item
     return manifest

@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'notebook_hash', 'package_hash', 'versions', 'data_hashes
            'why', 'hardware', 'commit', 'RunError', 'say', 'folder_of', 'last_record', 'run_item', 'stamp', 'job',
            'Outcome', 'Outcomes', 'reproduce', 'provenance_path', 'publish']
 
-# %% ../nbs/51_run.ipynb #5f7cbc53
+# %% ../nbs/51_run.ipynb #91f14d2b
 import contextlib
 import hashlib
 import json
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import medmatting
 from .checks import InputError, atomic_path
-from .manifest import Item, find_root, parameters, read_manifest
+from .manifest import PROFILES, Item, find_root, parameters, read_manifest
 from .registry import DataError, dataset, is_present, locate, sha256_of
 
 # %% ../nbs/51_run.ipynb #03839f62
@@ -84,7 +84,7 @@ def data_hashes(
     "Content of the input data."
     return {name: {file.name: sha256_of(locate(name) / file.name) for file in dataset(name).files} for name in inputs}
 
-# %% ../nbs/51_run.ipynb #fef017e8
+# %% ../nbs/51_run.ipynb #e1c39c73
 def printed_hashes(
     notebook: Path,  # a notebook of nbs/experiments
 ) -> dict:  # file -> sha256
@@ -95,7 +95,7 @@ def printed_hashes(
 
 def made_from(
     item: Item,  # entry of the manifest
-    profile: str,  # "quick" or "full"
+    profile: str,  # "quick", "reduced" or "full"
     root: Path,  # repository folder
 ) -> dict:  # plain data, nothing of this machine in it
     "Everything that decides the outputs of a run."
@@ -263,7 +263,7 @@ def _outputs(item: Item, folder: Path, cells: list[dict]) -> dict:
     naming = {name: [c["id"] for c in cells if c["type"] == "code" and name in c["source"]] for name in item.outputs}
     return {name: {"sha256": sha256_of(folder / name), "cells": naming[name]} for name in item.outputs}
 
-# %% ../nbs/51_run.ipynb #11905b84
+# %% ../nbs/51_run.ipynb #2d4cbd0b
 def _record(item: Item, profile: str, root: Path, parts: dict, outputs: dict, threads: int, started: float) -> dict:
     "Provenance of one finished run."
     values = parts["parameters"]
@@ -279,7 +279,7 @@ def _record(item: Item, profile: str, root: Path, parts: dict, outputs: dict, th
 
 def folder_of(
     item: Item,  # entry of the manifest
-    profile: str,  # "quick" or "full"
+    profile: str,  # "quick", "reduced" or "full"
     root: Path,  # repository folder
 ) -> Path:  # build/<profile>/<id>
     "Folder in which an item's runs are kept, each under its fingerprint."
@@ -308,10 +308,10 @@ def _only_one(folder: Path):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/51_run.ipynb #42b29914
+# %% ../nbs/51_run.ipynb #a1dcd4c4
 def run_item(
     item: Item,  # entry of the manifest
-    profile: str = "quick",  # "quick" or "full"
+    profile: str = "quick",  # "quick", "reduced" or "full"
     root: str | Path | None = None,  # repository folder; found from the current folder if not given
     out: str | Path | None = None,  # folder for the runs of this item; build/<profile>/<id> if not given
     threads: int = 1,  # threads of the numerical libraries
@@ -347,10 +347,10 @@ def _run(item: Item, profile: str, root: Path, parts: dict, scratch: Path, threa
     with atomic_path(scratch / "record.json") as path:
         path.write_text(_json(_record(item, profile, root, parts, outputs, threads, started)) + "\n", encoding="utf-8")
 
-# %% ../nbs/51_run.ipynb #71a46f61
+# %% ../nbs/51_run.ipynb #011148bc
 def stamp(
     item: Item,  # entry of the manifest; all its inputs are present
-    profile: str,  # "quick" or "full"
+    profile: str,  # "quick", "reduced" or "full"
     root: Path,  # repository folder
 ) -> str:  # path inside build/
     "File that Snakemake makes when an item is done, named by the fingerprint."
@@ -359,7 +359,7 @@ def stamp(
 
 def job(
     name: str,  # id of an item
-    profile: str,  # "quick" or "full"
+    profile: str,  # "quick", "reduced" or "full"
     root: str,  # repository folder
     threads: str,  # number of threads
 ) -> int:  # exit status
@@ -393,14 +393,14 @@ def _snakemake(stamps: list[str], profile: str, jobs: int, root: Path):
     with open(build / "snakemake.log", "w") as log:
         subprocess.run(command, stderr=log, cwd=root)
 
-# %% ../nbs/51_run.ipynb #3916300b
+# %% ../nbs/51_run.ipynb #dd76a3bc
 @dataclass(frozen=True)
 class Outcome:
     "What came of one item."
     item: str  # its id
-    status: str  # "ran", "up to date", "failed" or "data not present"
+    status: str  # "ran", "up to date", "failed", "skipped" or "data not present"
     seconds: float | None  # of the run that made the result
-    note: str = ""  # what failed, or how to get the data
+    note: str = ""  # what failed, why it is skipped, or how to get the data
 
 
 class Outcomes(list):
@@ -419,7 +419,7 @@ class Outcomes(list):
             lines.append(f"{o.item:{width}}  {o.status:16}  {seconds:>7}" + (f"  {o.note}" if o.note else ""))
         return "\n".join(lines)
 
-# %% ../nbs/51_run.ipynb #7728e879
+# %% ../nbs/51_run.ipynb #f2629105
 def _absent(item: Item) -> Outcome | None:
     "Outcome of an item whose data are not there, `None` if they are."
     for name in item.inputs:
@@ -429,6 +429,13 @@ def _absent(item: Item) -> Outcome | None:
             except DataError as error:
                 return Outcome(item.id, "data not present" if name in item.optional_data else "failed", None, str(error))
     return None
+
+
+def _other_profile(item: Item, profile: str) -> Outcome | None:
+    "Outcome of an item that does not have the profile, `None` if it does."
+    if profile in item.parameters or profile not in PROFILES:
+        return None  # a profile that no item can have is refused later
+    return Outcome(item.id, "skipped", None, f"has no {profile} profile; its profiles are {' and '.join(item.parameters)}")
 
 
 def _finished(item: Item, profile: str, root: Path) -> dict | None:
@@ -450,10 +457,10 @@ def _after(item: Item, profile: str, root: Path, parts: dict) -> Outcome:
         return Outcome(item.id, "failed", None, f"{reason} meanwhile; run the command again")
     return Outcome(item.id, "failed", None, "stopped without a result; see build/snakemake.log")
 
-# %% ../nbs/51_run.ipynb #47ca02ac
+# %% ../nbs/51_run.ipynb #66e3d8cd
 def reproduce(
     items: list[str] | None = None,  # ids of the manifest; all of them if not given
-    profile: str = "quick",  # "quick" or "full"
+    profile: str = "quick",  # "quick", "reduced" or "full"
     jobs: int = 1,  # items that run side by side; the cores are shared among them
     root: str | Path | None = None,  # repository folder; found from the current folder if not given
 ) -> Outcomes:  # one outcome for each item; `.failed` tells whether to exit with an error
@@ -461,7 +468,7 @@ def reproduce(
     root = find_root(root)
     package_hash.cache_clear()
     chosen = read_manifest(root).select(items)
-    outcomes = {item.id: _absent(item) for item in chosen}
+    outcomes = {item.id: _other_profile(item, profile) or _absent(item) for item in chosen}
     stale = {}  # id -> the parts it is run with
     for item in chosen:
         if outcomes[item.id] is None and (record := _finished(item, profile, root)):
@@ -502,10 +509,10 @@ def _published_fingerprint(path: Path) -> str | None:
         return json.loads(path.read_text(encoding="utf-8")).get("fingerprint")
     return None
 
-# %% ../nbs/51_run.ipynb #de77eadd
+# %% ../nbs/51_run.ipynb #8227b4e0
 def publish(
     item: Item,  # entry of the manifest with a finished run
-    profile: str,  # "quick" or "full"
+    profile: str,  # "quick", "reduced" or "full"
     root: Path,  # repository folder
 ) -> Path:  # figures/<profile>/<id>
     "Copy the declared outputs of a finished run to figures/, each with its provenance record."

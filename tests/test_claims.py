@@ -158,6 +158,23 @@ def test_the_full_profile_counts(tmp_path):
     assert row(tmp_path, "ra.t1.brain_growth.knn.sad")["obtained_on"].endswith("profile full")
 
 
+@pytest.mark.parametrize("factor, verdict", [(1.0, "partly"), (0.81, "partly"), (1.19, "partly"), (0.79, "not attempted"), (3, "not attempted")])
+def test_a_reduced_profile_supports_but_never_contradicts(tmp_path, factor, verdict):
+    repository(tmp_path, brain("ours", 9, n=10))
+    repository(tmp_path, brain("ours", 0.4032 * factor), profile="reduced")
+    found = row(tmp_path, "ra.t1.brain_growth.ours.sad")
+    assert found["verdict"] == verdict and "reduced widths" in found["why"] and found["obtained_on"].endswith("profile reduced")
+
+
+def test_an_ordering_with_a_reduced_profile_is_at_most_partly_confirmed(tmp_path):
+    ordering = next(c for c in claims.read_claims(REPOSITORY) if c.id == "ra.t1.brain_growth.sad.best")
+    others = "".join(brain(name.split(".")[3], 0.9) for name in ordering.measures[1:])
+    repository(tmp_path, brain("ours", 0.4) + others, profile="reduced")
+    assert row(tmp_path, ordering.id)["verdict"] == "partly" and "reduced widths" in row(tmp_path, ordering.id)["why"]
+    repository(tmp_path, brain("ours", 0.95) + others, profile="reduced")
+    assert row(tmp_path, ordering.id)["verdict"] == "not attempted"
+
+
 @pytest.mark.parametrize("measures, claimed, words", [
     (brain("knn", "nan"), (), "finite value"), (brain("knn", "0,5"), (), "columns measure"), (brain("knn", "half"), (), "finite value"), (brain("knn", 1, n=0), (), "finite"),
     (2 * brain("knn", 1), (), "two values"),
@@ -192,9 +209,9 @@ def test_the_ledger_is_written_the_same_way_twice(tmp_path):
 
 # Pages
 
-def published(root):
+def published(root, profile="quick"):
     "Complete the item's folder with a table and records."
-    folder = root / "figures/quick/item"
+    folder = root / "figures" / profile / "item"
     (folder / "table.csv").write_text("method,sad_mean\nclosed_form,0.1\n*|<b>,0.2\n")
     for name in ("table.csv", "measures.csv"):
         record = json.loads(next(REPOSITORY.glob("figures/quick/*/*.provenance.json")).read_text())
@@ -213,6 +230,19 @@ def test_pages_show_results_with_their_provenance(tmp_path):
     assert "medmatting reproduce" in text and str(tmp_path) not in text
     assert (tmp_path / "site/results/item/table.csv").exists()
     assert "Table 1, KNN, Brain-growth SAD | 0.6534 | 0.6000" in ledger.read_text()
+
+
+def test_the_profile_nearest_to_the_paper_is_shown_and_a_quick_one_named_for_what_it_is(tmp_path):
+    root = published(repository(tmp_path, brain("knn", 0.6)))
+    assert "proves that the path works" not in report.results_page(root)
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["items"][0]["parameters"]["reduced"] = {}
+    manifest["items"][0]["resources"]["minutes"]["reduced"] = 100
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    assert "**These are results of the quick profile." in report.results_page(root)
+    shutil.copytree(root / "figures/quick", root / "figures/reduced")
+    text = report.results_page(published(root, "reduced"))
+    assert "Results of the reduced profile" in text and "which only proves that the path works" in text
 
 
 def test_pages_say_what_has_not_been_run(tmp_path):

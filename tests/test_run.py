@@ -57,6 +57,8 @@ def item_of(root, name="good"):
 @pytest.mark.parametrize("change, words", [
     ({"parameters": {"quick": {"vlaue": 3}, "full": {}}}, "'vlaue'"),
     ({"parameters": {"quick": {}}}, "parameters"),
+    ({"parameters": {"quick": {}, "full": {}, "slow": {}}}, "parameters"),
+    ({"parameters": {"quick": {}, "full": {}, "reduced": {}}}, "'reduced'"),
     ({"captions": []}, "unknown key 'captions'"),
     ({"notebook": "nbs/experiments/absent.ipynb"}, "absent.ipynb, which is missing"),
     ({"notebook": "../elsewhere.ipynb"}, "notebook"),
@@ -171,6 +173,16 @@ def test_a_run_is_recorded_published_and_not_repeated(tmp_path):
     before = published(root).stat().st_mtime_ns
     assert [o.status for o in run.reproduce(root=root)] == ["up to date"]
     assert published(root).stat().st_mtime_ns == before
+
+
+def test_a_profile_that_only_some_items_have(tmp_path):
+    third = dict(parameters={"quick": {}, "reduced": {"value": 5}, "full": {"value": 2}},
+                 resources={"minutes": {"quick": 1, "reduced": 60, "full": 600}, "memory_gb": 1, "gpu": False})
+    root = repository(tmp_path, {"good": notebook(GOOD), "plain": notebook(GOOD)}, good=third)
+    ran, skipped = run.reproduce(profile="reduced", root=root)
+    assert (ran.status, skipped.status) == ("ran", "skipped") and not run.Outcomes([ran, skipped]).failed
+    assert skipped.note == "has no reduced profile; its profiles are quick and full"
+    assert published(root, "good", "reduced").read_text() == "value\n5\n" and not published(root, "plain", "reduced").exists()
 
 
 def test_failures_are_told_and_cost_nothing_old(tmp_path, capfd):
