@@ -146,6 +146,16 @@ def test_data_commands(capsys):
     assert run("data", "verify", "lidc_nodule") in (1, 2) and "lidc_nodules" in one_sentence(capsys)
 
 
+def test_data_simnod_makes_continues_and_refuses(tmp_path, capsys):
+    words = ("data", "simnod", "--seed", 3, "-o", tmp_path, "-j", 1)
+    assert run(*words, "--cases", 1) == 0 and "1 made, 0 kept" in capsys.readouterr().out
+    assert run(*words, "--cases", 2) == 0 and "1 made, 1 kept" in capsys.readouterr().out
+    assert (tmp_path / "simnod64-3-0001" / "alpha.nii.gz").is_file() and len((tmp_path / "simnod64-3.csv").read_text().splitlines()) == 3
+    assert run("data", "simnod", "--cases", 0, "-o", tmp_path) == 2 and "cases" in one_sentence(capsys)
+    assert run("data", "simnod", "lidc_nodules") == 2 and "-o" in one_sentence(capsys)
+    assert run("data", "list", "--cases", 5) == 2 and "--cases" in one_sentence(capsys)
+
+
 def test_program_help_version_and_usage():
     call = lambda *words: subprocess.run([sys.executable, "-m", "medmatting", *words], capture_output=True, text=True)
     assert call("--version").stdout.startswith("medmatting ")
