@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ONE', 'TWO', 'SLAB', 'invert', 'WindowSystem', 'ClosedForm']
 
-# %% ../nbs/12_closed_form.ipynb #cf41c5eb
+# %% ../nbs/12_closed_form.ipynb #4df75cf7
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -201,7 +202,7 @@ def _collect(start, stop, bounds, begin, length, source, longest, image, count, 
         for k in range(begin[-1] + length[-1], np.uint64(out.size)):
             out[k] = 0.0
 
-# %% ../nbs/12_closed_form.ipynb #884fc4c0
+# %% ../nbs/12_closed_form.ipynb #d67285bb
 class WindowSystem(HostSystem):
     "Matrix-free system of a sum over windows on the stored voxels of a region (Eq. 2 and 3)."
 
@@ -278,10 +279,15 @@ class WindowSystem(HostSystem):
             np.negative(out, out=out)
             return out if self.exact else np.add(out, self.penalty * self.known, out=out)
         out[:] = 0
-        for part, stretch, own in _slabs(self):
+        for part, stretch, own in self._only_slab if self.voxels.chunks <= SLAB else _slabs(self):
             left = part.residual(x[stretch], np.empty(stretch.stop - stretch.start))
             out[own] = left[own.start - stretch.start : own.stop - stretch.start]
         return out
+
+    @cached_property
+    def _only_slab(self) -> list:
+        "The slab of a small region, which is kept: its windows cost as much as a product."
+        return list(_slabs(self))
 
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
         "out = A p; returns p'A p."
@@ -298,7 +304,8 @@ class WindowSystem(HostSystem):
     @property
     def nbytes(self) -> int:
         "Memory of the system, iteration vectors and runs included."
-        holders = self, self.windows, self.voxels, self.region.spans
+        kept = (part for part, *_ in vars(self).get("_only_slab", ()))
+        holders = self, self.windows, self.voxels, self.region.spans, *kept
         arrays = {id(v): v.nbytes for holder in holders for v in vars(holder).values() if isinstance(v, np.ndarray)}
         vectors = self.known.size * (8 + 3 * self.jacobi.itemsize)
         return sum(arrays.values()) + vectors
