@@ -71,7 +71,7 @@ ROWS = {("nodule, thin band", "medmatting cf"): (1.0, 100), ("nodule, thin band"
 
 def result(case, method, seconds, solved):
     return dict(case=case, method=method, voxels=1000, unknown=100, solved=solved, seconds=seconds, megabytes=1.0, iterations=3,
-                residual=1e-7, stored=200, note="")
+                residual=1e-7, stored=200, precision="single", note="")
 
 
 def test_ratio_is_for_each_solved_voxel():
@@ -120,12 +120,44 @@ def test_tables_and_plots_are_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "kept", answer)
     monkeypatch.setattr(bench, "_memory_gb", lambda: 64.0)
+    monkeypatch.setattr(bench, "find_root", lambda root: root)
+    assert bench.last_run(tmp_path) == "Not run yet: `make bench`."
     table, growth, volume = bench.run_benchmark(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"bench.csv", "bench.md", "bench.png", "scaling.csv", "scaling.png", "volumes.csv"}
+    folder = tmp_path / "figures/bench"
+    records = {f"{name}.provenance.json" for name in bench.OUTPUTS}
+    assert {p.name for p in folder.iterdir()} == {*bench.OUTPUTS, *records} and [p.name for p in tmp_path.iterdir()] == ["figures"]
     assert len(table) == 2 * len(bench.ON_VOLUMES) + 4 * len(bench.ON_PHOTOGRAPHS)
-    assert "| nodule, thin band | medmatting cf |" in (tmp_path / "bench.md").read_text() and "not here" in (tmp_path / "bench.md").read_text()
+    text = (folder / "bench.md").read_text()
+    assert "| nodule, thin band | medmatting cf |" in text and "not here" in text
+    page = bench.last_run(tmp_path)
+    assert text.strip() in page and "](../figures/bench/bench.png)" in page and page.count("<summary>Provenance") == 5
+    record = json.loads((folder / "bench.png.provenance.json").read_text())
+    assert record["outputs"]["bench.png"]["sha256"] == bench.sha256_of(folder / "bench.png") and record["profile"] == "complete"
+    assert record["hardware"] == bench.hardware() and record["made_from"]["versions"] == bench.versions()
     ours = growth[growth.method == "medmatting cf"]
-    assert np.allclose(ours.share_of_bound, 1e3 * ours.stored * bench.BYTES / 1e10 / 2.0) and len(volume) == len(bench.VOLUME)
+    assert np.allclose(ours.share_of_bound, 1e3 * ours.stored * 111 / 1e10 / 2.0) and len(volume) == len(bench.VOLUME)
+
+
+@pytest.mark.parametrize("precision, number", [("single", np.float32), ("double", np.float64)])
+def test_bytes_moved_are_those_of_the_arrays(precision, number):
+    "Every array of an iteration, once for each pass that reads or writes it; windows and runs as if every voxel had one."
+    from medmatting.closed_form import ClosedForm
+    from medmatting.energy import make_region
+
+    image, trimap = bench.nodule_case((12, 24, 24), 4, 8)
+    region = make_region(trimap)
+    values = region.spans.gather(image[region.box])[None].astype(number)
+    system = ClosedForm(region, values, region.spans.gather((trimap[region.box] == 255) * 1.0))
+    slope, offset = system.fits
+    x, r, p, q = system.start(), system.zeros(), system.zeros(), system.zeros()
+    passes = [
+        (system.image, p, system.products),
+        (p, system.products, system.centre, system.matrix, system.weight, slope, offset),
+        (slope, offset, system.count, region.unknown, p, system.image, q),
+        (x, x, p, r, r, q, system.jacobi),
+        (p, p, r, system.jacobi),
+    ]
+    assert bench.bytes_moved(precision) == sum(array.itemsize for arrays in passes for array in arrays)
 
 
 def test_exponent_of_a_power_law():

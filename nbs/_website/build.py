@@ -32,10 +32,11 @@ def notebooks() -> list[Path]:
 
 
 def fingerprint(notebook: Path) -> str:
-    "Hash of a notebook and of all it may use: the package with its data, the lock, the claims."
+    "Hash of a notebook and of all it may use: the package with its data, the lock, the claims, the files it links to."
     uses = [*sorted((ROOT / "medmatting").rglob("*.py")), *sorted((ROOT / "medmatting" / "data").rglob("SHA256SUMS"))]
     uses += [ROOT / "requirements.lock", HERE / "tell_pictures.py"]
     uses += [ROOT / "claims.csv"] if notebook.stem == "index" else []
+    uses += [path for link in OUTSIDE.findall(notebook.read_text(encoding="utf-8")) if (path := (notebook.parent / link).resolve()).is_file()]
     digest = hashlib.sha256(notebook.read_bytes())
     for path in uses:
         digest.update(path.relative_to(ROOT).as_posix().encode())
@@ -129,17 +130,19 @@ def shown(cell, notebook: Path):
     cell.source = re.sub(r"^#\|\s*(?!fig-|tbl-|echo|output|include)\S.*\n?", "", cell.source, flags=re.M).strip()
     if not cell.source or "hide" in directives:
         return None
-    cell.outputs = [output for output in map(told, cell.outputs) if output is not None]
+    cell.outputs = [output for output in (told(output, notebook) for output in cell.outputs) if output is not None]
     if all(re.match(r"import |from |    |\)|$", line) for line in cell.source.splitlines()):
         cell.source = f"#| code-fold: true\n#| code-summary: Imports\n{cell.source}"
     return cell
 
 
-def told(output):
-    "An output with alt text on its picture, without progress bars."
+def told(output, notebook: Path):
+    "An output with alt text on its picture, without progress bars, its links spelled for the site."
     if output.output_type == "stream":
         output.text = re.sub(r"[^\n]*\r", "", output.text)
         return output if output.text.strip() else None
+    if text := output.get("data", {}).get("text/markdown"):
+        output.data = {"text/markdown": outside(text, notebook, onto_the_site)}
     picture = output.get("data", {}).get("image/png")
     if picture:
         alt = output.metadata.get("image/png", {}).get("alt") or "Picture made by the code above"
