@@ -182,9 +182,12 @@ def fuse(
     alpha = (0.1 * alpha + ((rgb - back) * difference).sum(1, keepdim=True)) / (0.1 + (difference**2).sum(1, keepdim=True))
     return Layers(alpha, front, back)
 
-# %% ../nbs/27_fba.ipynb #c968324d
+# %% ../nbs/27_fba.ipynb #9f0230be
 class FBA(nn.Module):
     "F, B, alpha matting (Forte and Pitié 2020)."
+
+    kind = "fba"
+    encode = staticmethod(encode_trimap)
 
     def __init__(
         self,
@@ -198,6 +201,15 @@ class FBA(nn.Module):
             refuse("blocks", repr(blocks), "four positive numbers", "choose (3, 4, 6, 3) as in ResNet-50")
         self.encoder = Encoder(width, blocks)
         self.decoder = Decoder(width)
+        self.config = dict(width=width, blocks=list(blocks))
+
+    def alpha(
+        self,
+        rgb: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+        trimap: torch.Tensor,  # (B, 8, H, W)
+    ) -> torch.Tensor:  # (B, 1, H, W)
+        "Alpha alone."
+        return self(rgb, trimap).alpha
 
     def forward(
         self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FoldRun', 'train_fold', 'score_fold']
 
-# %% ../nbs/46_fold_runs.ipynb #323af048
+# %% ../nbs/46_fold_runs.ipynb #6a936eb4
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,22 +13,24 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from .augment import Augmentation
 from .checks import atomic_path, describe, refuse
 from .files import write
 from .folds import Fold
 from .matting_sets import MattingSet, matting_set
 from .metrics import score
 from .predict import predict
-from .recipes import Objective, Prepare, make_network
+from .recipes import NETWORKS, Objective, Prepare, make_network
 from .train import Recipe, TrainingError, make_fabric, plot_history, save_weights, train
 
-# %% ../nbs/46_fold_runs.ipynb #742e0b81
+# %% ../nbs/46_fold_runs.ipynb #1f363090
 @dataclass(frozen=True)
 class FoldRun:
     "Everything that decides a run, apart from the data themselves."
 
-    kind: str  # of the network: "plain-unet", "medical-matting" or "region-aware"
+    kind: str  # of the network, one of recipes.NETWORKS
     data: str  # a name of `matting_set`
     fold: int  # from 0
     recipe: Recipe
@@ -36,17 +38,18 @@ class FoldRun:
     network: dict = field(default_factory=dict)  # other arguments of the network, for example {"upsampling": "bilinear"}
     pseudo: str = "thresholds"  # where the masks of the posterior come from: "thresholds" or "raters"
     weighting: str = "kendall"  # of segmentation against matting: "kendall" or "oscillating"
+    augmentation: Augmentation = Augmentation()  # the same for every kind, or they cannot be compared
     precision: str = "32-true"  # or "bf16-mixed", "16-mixed"
     processes: int = 1  # each takes its share of the batch
 
-# %% ../nbs/46_fold_runs.ipynb #7cd5d0b2
+# %% ../nbs/46_fold_runs.ipynb #d6e30f8a
 def _record(run: FoldRun, data: MattingSet, fold: Fold) -> dict:
     "The record as it stands in `run.json`."
     digest = hashlib.sha256()
     for sample in data.part(fold.train + fold.test):
         digest.update(sample["name"].encode())
-        for key in ("image", "alpha", "masks"):
-            if key in sample:
+        for key in ("image", "alpha", "masks", "trimap"):
+            if key in sample and (key != "trimap" or hasattr(NETWORKS.get(run.kind), "encode")):
                 digest.update(sample[key].numpy().tobytes())
     return json.loads(json.dumps({**asdict(run), "samples": digest.hexdigest()}))
 
@@ -76,14 +79,15 @@ def _short(value) -> str:
     "A setting for a message."
     return describe(value[:8] if isinstance(value, str) and len(value) == 64 else value)
 
-# %% ../nbs/46_fold_runs.ipynb #58eb4bce
+# %% ../nbs/46_fold_runs.ipynb #5bcb24f6
 def _prepare(run: FoldRun, folder: Path, data_folder) -> tuple[MattingSet, Fold, Objective, Prepare]:
     "Data, fold, objective and augmentation of a run whose settings are good."
     data = matting_set(run.data, data_folder)
     fold = data.fold(run.fold)
     channels = len(next(iter(data.samples.values()))["image"])
     objective = Objective(make_network(run.kind, channels, run.size, run.recipe.seed, **run.network), run.weighting)
-    prepare = Prepare(pseudo=run.pseudo)
+    objective.to(memory_format=torch.channels_last)  # the order in which convolutions are fastest, most of all in bf16
+    prepare = Prepare(run.augmentation, run.pseudo, getattr(objective.net, "encode", None))
     _claim(folder, _record(run, data, fold))
     return data, fold, objective, prepare
 
@@ -129,7 +133,7 @@ def _train(fabric, run: FoldRun, folder: Path, data_folder, save_every: int, pro
         save_weights(folder / "weights.safetensors", objective.net, _card(run, data, fold, scores))
     fabric.barrier()
 
-# %% ../nbs/46_fold_runs.ipynb #dc4b992e
+# %% ../nbs/46_fold_runs.ipynb #f298313b
 def _write_curves(history: list[dict], folder: Path, title: str):
     "Loss terms as a table and as a picture."
     import pandas as pd
@@ -155,7 +159,8 @@ def score_fold(
     rows, folder = [], Path(folder)
     for case in fold.test:
         sample, region = data.samples[case], data.regions[case]
-        said = predict(net, np.moveaxis(sample["image"].numpy(), 0, -1))
+        trimap = sample["trimap"].numpy() if hasattr(net, "encode") else None
+        said = predict(net, np.moveaxis(sample["image"].numpy(), 0, -1), trimap)
         write(folder / "predictions" / f"{case}.png", said.alpha, bits=16)
         if said.uncertainty is not None:
             write(folder / "predictions" / f"{case}_uncertainty.png", np.clip(said.uncertainty, 0, 1), bits=16)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOW', 'SHIFT', 'to_windows', 'from_windows', 'shift_mask', 'position_index', 'prior_tokens', 'PriorAttention',
            'MLP', 'Block', 'PatchEmbed', 'PatchMerging', 'Stage', 'spectral', 'Encoder', 'DecoderBlock', 'Heads',
-           'Decoder', 'reflect_pad', 'MatteFormer', 'one_hot_trimap', 'uncertain_band', 'refine', 'regions',
+           'Decoder', 'reflect_pad', 'one_hot_trimap', 'MatteFormer', 'uncertain_band', 'refine', 'regions',
            'matteformer_loss', 'predict_matteformer', 'published_matteformer', 'load_matteformer']
 
 # %% ../nbs/28_matteformer.ipynb #71ebfe75
@@ -355,9 +355,19 @@ def reflect_pad(
     rows, columns = (_reflect(n, margin, margin + -(n + 2 * margin) % 32).to(x.device) for n in x.shape[-2:])
     return x[..., rows[:, None], columns]
 
-# %% ../nbs/28_matteformer.ipynb #1f8c3ab5
+# %% ../nbs/28_matteformer.ipynb #42bb757e
+def one_hot_trimap(
+    trimap: np.ndarray,  # (H, W) uint8 0/128/255
+) -> np.ndarray:  # (3, H, W) float32: background, unknown, foreground
+    "The three channels in which MatteFormer reads a trimap."
+    return np.stack([trimap == value for value in (BACKGROUND, UNKNOWN, FOREGROUND)]).astype(np.float32)
+
+
 class MatteFormer(nn.Module):
     "Transformer-based matting with prior tokens (Park et al. 2022)."
+
+    kind = "matteformer"
+    encode = staticmethod(one_hot_trimap)
 
     def __init__(
         self,
@@ -376,6 +386,18 @@ class MatteFormer(nn.Module):
             refuse("drop_path", repr(drop_path), "a probability below 1", "choose 0.3 as published, or 0")
         self.encoder = Encoder(width, depths, heads, decoder_width, drop_path)
         self.decoder = Decoder(decoder_width)
+        self.config = dict(width=width, depths=list(depths), heads=list(heads), decoder_width=decoder_width, drop_path=drop_path)
+
+    def alpha(
+        self,
+        rgb: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+        trimap: torch.Tensor,  # (B, 3, H, W)
+        margin: int = 32,  # pixels of reflected image on each side
+    ) -> torch.Tensor:  # (B, 1, H, W)
+        "One alpha: what `refine` makes of the three."
+        height, width = rgb.shape[2:]
+        wide = refine(self(reflect_pad(rgb, margin), reflect_pad(trimap, margin)))
+        return wide[..., margin : margin + height, margin : margin + width]
 
     def forward(
         self,
@@ -388,13 +410,6 @@ class MatteFormer(nn.Module):
         height, width = rgb.shape[2:]
         heads = self.decoder(self.encoder(reflect_pad(torch.cat([normalise(rgb), trimap], 1))))
         return Heads(*(alpha[..., :height, :width] for alpha in heads))
-
-
-def one_hot_trimap(
-    trimap: np.ndarray,  # (H, W) uint8 0/128/255
-) -> np.ndarray:  # (3, H, W) float32: background, unknown, foreground
-    "The three channels in which MatteFormer reads a trimap."
-    return np.stack([trimap == value for value in (BACKGROUND, UNKNOWN, FOREGROUND)]).astype(np.float32)
 
 # %% ../nbs/28_matteformer.ipynb #9fe9bbfd
 def uncertain_band(
@@ -456,7 +471,7 @@ def matteformer_loss(
             terms["alpha composed"] = terms["alpha composed"] + share * (region * (mixed - rgb)).abs().mean()
     return terms
 
-# %% ../nbs/28_matteformer.ipynb #cf81e987
+# %% ../nbs/28_matteformer.ipynb #d1ad09a7
 def predict_matteformer(
     model: MatteFormer,  # trained; used on the device its weights are on
     image: np.ndarray | Volume,  # (H, W) or (H, W, 3), any intensities `matte` accepts; grey is repeated in three channels
@@ -468,10 +483,8 @@ def predict_matteformer(
     rgb, labels = rgb_and_trimap(image, trimap, hu_range, intensity_range)
     model, device = model.eval(), next(model.parameters()).device
     with torch.inference_mode():
-        padded = (reflect_pad(torch.from_numpy(x)[None].to(device), 32) for x in (rgb, one_hot_trimap(labels)))
-        wide = refine(model(*padded))[0, 0].cpu().numpy()
-    height, width = labels.shape
-    alpha = keep_known(wide[32 : 32 + height, 32 : 32 + width], labels)
+        alpha = model.alpha(*(torch.from_numpy(x)[None].to(device) for x in (rgb, one_hot_trimap(labels))))
+    alpha = keep_known(alpha[0, 0].cpu().numpy(), labels)
     return image.with_array(alpha, unit="", channels=False) if isinstance(image, Volume) else alpha
 
 # %% ../nbs/28_matteformer.ipynb #bd83ac63

@@ -48,11 +48,11 @@ class MattingSet:
         "Samples of some cases, for example of `fold.train`."
         return [self.samples[case] for case in cases]
 
-# %% ../nbs/45_matting_sets.ipynb #653cb577
+# %% ../nbs/45_matting_sets.ipynb #5c41452f
 def _brain_growth(folder) -> MattingSet:
     "The third column of Table 1."
     cases = brain_growth.load(folder)
-    samples = {case.name: make_sample(case.name, case.image, case.alpha, case.masks) for case in cases}
+    samples = {case.name: make_sample(case.name, case.image, case.alpha, case.masks, case.trimap) for case in cases}
     return MattingSet("brain-growth", samples, {case.name: case.region for case in cases}, brain_growth_folds(),
                       "Brain-growth, 39 real cases with seven raters and the published alpha, scored where the trimap file is exactly 128",
                       "none found for the data; for your own study, not to be passed on")  # fmt: skip
@@ -119,7 +119,7 @@ def to_square(
     padded = np.pad(array, [(gap // 2, gap - gap // 2) for gap in gaps] + [(0, 0)] * (array.ndim - 2))
     return np.asarray(Image.fromarray(padded).resize((side, side), Image.BILINEAR if smooth else Image.NEAREST))
 
-# %% ../nbs/45_matting_sets.ipynb #6d977bec
+# %% ../nbs/45_matting_sets.ipynb #01aee10d
 def _published(name: str, folder) -> MattingSet:
     "A set from the files of its authors."
     samples, regions = {}, {}
@@ -127,7 +127,7 @@ def _published(name: str, folder) -> MattingSet:
         if name == "isic":
             image, alpha, trimap = to_square(image), to_square(alpha), to_square(trimap, False)
             masks = np.stack([to_square(mask, False) for mask in masks])
-        samples[case] = make_sample(case, image, alpha / np.float32(255), masks > 0)
+        samples[case] = make_sample(case, image, alpha / np.float32(255), masks > 0, np.select([trimap == 0, trimap == 255], [0, 255], 128).astype(np.uint8))
         regions[case] = trimap == 128
     patients = {case: case.split("_slice")[0] for case in samples}
     what = {"lidc": "LIDC slices", "isic": f"ISIC photographs in squares of {SIDE} pixels"}[name]
@@ -135,7 +135,7 @@ def _published(name: str, folder) -> MattingSet:
                       f"{len(samples)} {what} with the published alpha, scored where the trimap file is exactly 128",
                       "rights stay with the original data; for your own study")  # fmt: skip
 
-# %% ../nbs/45_matting_sets.ipynb #c012d148
+# %% ../nbs/45_matting_sets.ipynb #f7d57d80
 CROP = 64  # pixels of 0.5 mm
 
 
@@ -148,21 +148,21 @@ def lidc_like(
     table, samples, regions, patients = shapes(), {}, {}, {}
     for index, texture in choose_shapes(per_texture).items():
         nodule = simulate(index, texture, spacing_mm=(1.0, 0.5, 0.5), least_mm=(0, CROP / 2 + 1, CROP / 2 + 1))
-        unknown = trimap_from_raters(nodule.masks, 1.0, spacing=nodule.ct.spacing, vanishing="keep") == 128
+        trimap = trimap_from_raters(nodule.masks, 1.0, spacing=nodule.ct.spacing, vanishing="keep")
         inside = np.flatnonzero(nodule.masks.any((0, 2, 3)))
         low = [(n - CROP) // 2 for n in nodule.ct.shape[1:]]
         window = np.s_[low[0]:low[0] + CROP, low[1]:low[1] + CROP]
         for z in np.unique(inside[np.linspace(0, len(inside) - 1, slices + 2).round().astype(int)[1:-1]]):
             case = f"simulated{index}_slice{z}"
             image = np.clip((nodule.ct.array[z][window] + 1000) / 1400, 0, 1)  # -1000 to 400 HU
-            samples[case] = make_sample(case, image, nodule.alpha[z][window], nodule.masks[:, z][(slice(None), *window)])
-            regions[case], patients[case] = unknown[z][window], table.patient_id[index]
+            samples[case] = make_sample(case, image, nodule.alpha[z][window], nodule.masks[:, z][(slice(None), *window)], trimap[z][window])
+            regions[case], patients[case] = trimap[z][window] == 128, table.patient_id[index]
     says = (f"simulated: {len(samples)} axial slices of {3 * per_texture} simulated nodules (real outlines of four readers, real lung, alpha known"
             f" by construction), {CROP} x {CROP} pixels of 0.5 mm; not the LIDC set of the paper")
     return MattingSet("lidc-like", samples, regions, cross_validation(patients, min(4, len(set(patients.values())))), says,
                       "made from LIDC-IDRI outlines and scans, CC BY 3.0")  # fmt: skip
 
-# %% ../nbs/45_matting_sets.ipynb #c840e92a
+# %% ../nbs/45_matting_sets.ipynb #3fc55f56
 BAND = 9  # pixels on each side of the outline
 
 
@@ -174,7 +174,7 @@ def isic_like() -> MattingSet:
         photograph = skin(case)
         image, mask = to_square(photograph.image), to_square(photograph.mask.astype(np.uint8), False) > 0
         trimap = trimap_from_mask(mask, BAND, vanishing="keep")
-        samples[case] = make_sample(case, image, matte(image, trimap, "cf"), mask[None])
+        samples[case] = make_sample(case, image, matte(image, trimap, "cf"), mask[None], trimap)
         regions[case] = trimap == 128
     return MattingSet("isic-like", samples, regions, cross_validation({case: case for case in samples}, 3),
                       f"stand-in: six CC0 dermoscopy photographs in squares of {SIDE} pixels, whose alpha is closed-form matting within {BAND}"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmatting import InputError
-from medmatting.predict import load_network, predict, tiles
-from medmatting.recipes import SMALL, Objective, Prepare, make_network, make_sample, paper_recipe
+from medmatting.predict import load_network, predict, suitable_zoom, tiles
+from medmatting.recipes import Objective, Prepare, make_network, make_sample, paper_recipe, random_trimap
 from medmatting.train import learning_rate, save_weights
 
 TINY = dict(widths=(6, 8), convs=1, matting_widths=(6, 8, 8), units=1)
@@ -93,16 +93,74 @@ def sample(name="one", size=(24, 24)):
     return make_sample(name, rng.random(size), alpha, np.stack([alpha > 0.3, alpha > 0.6]))
 
 
-@pytest.mark.parametrize("kind", SMALL)
+def batch_of(objective, prepare, epoch):
+    ready = [prepare(sample(), torch.Generator().manual_seed(i)) for i in range(2)]
+    return {key: torch.stack([r[key] for r in ready]) for key in ready[0] if key != "name"} | {"epoch": epoch}
+
+
+@pytest.mark.parametrize("kind", ["plain-unet", "medical-matting", "region-aware"])
 @pytest.mark.parametrize("weighting", ["kendall", "oscillating"])
 def test_one_step_of_each_objective_moves_every_part(kind, weighting):
     tiny = dict(widths=(6, 8), convs=1) if kind == "plain-unet" else TINY
     objective = Objective(make_network(kind, 1, **tiny), weighting)
-    ready = [Prepare()(sample(), torch.Generator().manual_seed(i)) for i in range(2)]
-    batch = {key: torch.stack([r[key] for r in ready]) for key in ("image", "alpha", "mask")} | {"epoch": 3}
-    terms = objective(batch)
+    terms = objective(batch_of(objective, Prepare(), 3))
     terms["loss"].backward()
     assert all(p.grad is not None for p in objective.parameters()) and all(v.isfinite() for v in terms.values())
+
+
+@pytest.mark.parametrize("kind, options", [("fba", dict(width=4, blocks=(1, 1, 1, 1))),
+                                           ("matteformer", dict(width=24, depths=(1, 1, 1, 1), decoder_width=4, drop_path=0.0))])
+@pytest.mark.parametrize("epoch", [0, 50])
+def test_networks_that_read_a_trimap_learn_by_the_same_call(kind, options, epoch):
+    torch.manual_seed(0)
+    objective = Objective(make_network(kind, 1, **options))
+    batch = batch_of(objective, Prepare(encode=objective.net.encode), epoch)
+    assert batch["image"].shape == (2, 3, 24, 24) and batch["trimap"].shape == (2, 8 if kind == "fba" else 3, 24, 24)
+    terms = objective(batch)
+    terms["loss"].backward()
+    learned = [p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters()]
+    assert np.mean(learned) > 0.7 and all(v.isfinite() for v in terms.values())
+    assert terms["loss"].item() == pytest.approx(sum(v.item() for name, v in terms.items() if name not in ("loss", "mae")), rel=1e-5)
+
+
+def discs(mask, radius):
+    "Pixels of a mask farther than radius from every pixel outside, by brute force."
+    outside = np.argwhere(~mask)
+    near = lambda p: len(outside) and ((outside - p) ** 2).sum(1).min() <= radius**2
+    return np.array([[mask[y, x] and not near((y, x)) for x in range(mask.shape[1])] for y in range(mask.shape[0])])
+
+
+@pytest.mark.parametrize("raters", [True, False])
+def test_a_random_trimap_shrinks_both_classes_by_discs_within_their_range(raters):
+    y, x = np.mgrid[:90, :100]
+    distance = np.hypot(y - 40, x - 50)
+    alpha = np.clip((30 - distance) / 6, 0, 1).astype(np.float32)
+    masks = np.stack([distance < 28, distance < 24]) if raters else None
+    sure, union = (distance < 24, distance < 28) if raters else (alpha >= 254 / 255, alpha > 1 / 255)
+    for seed in range(4):
+        drawn = random_trimap(torch.from_numpy(alpha)[None], None if masks is None else torch.from_numpy(masks).float(),
+                              torch.Generator().manual_seed(seed))
+        assert drawn.dtype == np.uint8 and set(np.unique(drawn)) == {0, 128, 255}
+        for mask, known in ((sure, drawn == 255), (~union, drawn == 0)):
+            assert not known[~mask].any()
+            widest = 90 / 44
+            assert known[discs(mask, widest)].all() and not (known & ~discs(mask, 1)).any()
+
+
+def test_a_random_trimap_of_nothing_knows_no_foreground_and_all_of_it_no_background():
+    for value, expected in ((0.0, 0), (1.0, 255)):
+        assert (random_trimap(torch.full((1, 9, 9), value), None, torch.Generator().manual_seed(0)) == expected).all()
+
+
+def test_a_trimap_follows_the_augmentation():
+    one = sample(size=(40, 40))
+    alpha = np.zeros((40, 40), np.float32)
+    alpha[5:15, 5:30] = 1
+    one = make_sample("block", alpha, alpha, alpha[None] > 0)
+    for seed in range(5):
+        ready = Prepare(encode=lambda trimap: trimap[None])(one, torch.Generator().manual_seed(seed))
+        trimap, moved = ready["trimap"][0], ready["alpha"][0]
+        assert (moved[trimap == 255] > 0.5).all() and (moved[trimap == 0] < 0.5).all() and (trimap == 128).any()
 
 
 def test_the_mask_of_the_posterior_is_one_readers_or_a_cut_through_alpha():
@@ -136,3 +194,90 @@ def test_the_paper_s_recipe_peaks_at_its_base_rate_after_one_epoch():
 def test_the_same_seed_makes_the_same_network():
     first, second, other = (make_network("plain-unet", 1, widths=(4, 6), seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first) and any(not torch.equal(first[k], other[k]) for k in first)
+
+
+# ---- networks that read a trimap
+
+
+class Halves(torch.nn.Module):
+    "Alpha is the first colour where the trimap is unknown."
+
+    kind, config = "halves", {}
+    encode = staticmethod(lambda trimap: (trimap == 128)[None].astype(np.float32))
+
+    def alpha(self, rgb, trimap):
+        return rgb[:, :1] * trimap
+
+
+def trimap_of(height, width):
+    trimap = np.full((height, width), 128, np.uint8)
+    trimap[:, : width // 3], trimap[:, -(width // 3) :] = 0, 255
+    return trimap
+
+
+@pytest.mark.parametrize("size", [(3, 3), (40, 70), (33, 101)])
+def test_a_trimap_is_cut_and_flipped_with_its_image_and_what_it_knows_stands(size):
+    image, trimap = np.random.default_rng(0).random(size, np.float32), trimap_of(*size)
+    alpha = predict(Halves(), image, trimap, tile=32, overlap=8).alpha
+    np.testing.assert_allclose(alpha, np.select([trimap == 0, trimap == 255], [0, 1], image), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, options", [("fba", dict(width=4, blocks=(1, 1, 1, 1))),
+                                           ("matteformer", dict(width=24, depths=(1, 1, 1, 1), decoder_width=4))])
+def test_they_are_saved_loaded_and_answer_as_their_own_functions_do(kind, options, tmp_path):
+    from medmatting import predict_fba, predict_matteformer
+
+    save_weights(tmp_path / "w.safetensors", make_network(kind, 1, **options), CARD)
+    net, _ = load_network(tmp_path / "w.safetensors")
+    image, trimap = np.random.default_rng(0).random((37, 50), np.float32), trimap_of(37, 50)
+    alone = predict_fba(net, image, trimap).alpha if kind == "fba" else predict_matteformer(net, image, trimap)
+    np.testing.assert_allclose(predict(net, image, trimap, flips=False).alpha, alone, atol=1e-5)
+
+
+def test_a_trimap_that_is_missing_or_not_wanted_is_refused():
+    with pytest.raises(InputError, match="a trimap for halves"):
+        predict(Halves(), np.zeros((9, 9), np.uint8))
+    with pytest.raises(InputError, match="no trimap for"):
+        net = Brightness()
+        net.kind = "plain-unet"
+        predict(net, np.zeros((9, 9), np.uint8), trimap_of(9, 9))
+    with pytest.raises(InputError, match="shape"):
+        predict(Halves(), np.zeros((9, 9), np.uint8), trimap_of(9, 8))
+
+
+@pytest.mark.parametrize("content, message", [({"a.conv_up4.b": torch.ones(1)}, "tensors missing"), ({"W": torch.ones(1)}, "neither FBA nor MatteFormer")])
+def test_a_published_file_that_does_not_fit_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=message):
+        load_network(tmp_path / "weights.pth")
+
+
+# ---- zoom
+
+
+@pytest.mark.parametrize("zoom", [0.5, 2.0, 0.01])
+def test_zoom_shows_another_size_and_answers_in_the_old(zoom):
+    seen = []
+
+    class Watched(Brightness):
+        def forward(self, image):
+            seen.append(tuple(image.shape[2:]))
+            return super().forward(image)
+
+    smooth = np.linspace(0, 1, 60)[:, None] * np.ones(40)
+    alpha = predict(Watched(), smooth, zoom=zoom).alpha
+    assert alpha.shape == (60, 40) and set(seen) == {(max(round(60 * zoom), 1), max(round(40 * zoom), 1))}
+    if zoom >= 0.5:
+        np.testing.assert_allclose(alpha, smooth, atol=0.02)
+
+
+@pytest.mark.parametrize("zoom", [0, -1, float("nan"), float("inf"), 1e9, "2"])
+def test_zoom_that_is_none_is_refused(zoom):
+    with pytest.raises(InputError, match="zoom"):
+        predict(Brightness(), np.zeros((9, 9)), zoom=zoom)
+
+
+def test_the_card_says_the_zoom():
+    assert suitable_zoom({"input": {"side": 100}}, (50, 200), (3.0, 3.0)) == 0.5
+    assert suitable_zoom({"input": {"spacing_mm": 0.5}}, (50, 200), (0.25, 1.0)) == 1.0
+    assert suitable_zoom({"input": {"spacing_mm": 0.5}}, (50, 200)) == suitable_zoom({}, (50, 200), (0.7, 0.7)) == 1
