@@ -175,7 +175,7 @@ def outlines(
     box = [((n - side) // 2, (n - side) // 2 + side) for n in distance.shape]
     return crop(distance, box), np.stack([crop(resample(mask, VOXEL_MM, "nearest"), box).array for mask in masks])
 
-# %% ../nbs/44a_simnod_set.ipynb #0eec298d
+# %% ../nbs/44a_simnod_set.ipynb #56ac765d
 def make_case(
     planned: Planned,  # what it shall be
 ) -> Simulated:  # cube with alpha, masks and the parts of the mixture
@@ -192,7 +192,7 @@ def make_case(
     else:
         refuse(planned.name, f"row {planned.index}, which fits at none of {ATTEMPTS} places", "outlines with a common core inside the lung", "leave out this case")
     alpha = true_alpha(distance, planned.texture, mean_rating(about, "margin"), block.ct.spacing[0], ~lung if planned.pleural else None)
-    alpha = np.round(alpha * np.float32(2**16)) / np.float32(2**16)
+    alpha = np.round(np.abs(alpha) * np.float32(2**16)) / np.float32(2**16)  # abs: no negative zeros
     return compose(alpha, background, block.ct.spacing, rng, index=planned.index, texture=planned.texture, masks=seen,
                    lung=block.name, pleural=planned.pleural)  # fmt: skip
 

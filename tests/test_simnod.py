@@ -107,3 +107,21 @@ def test_alpha_of_a_flat_edge_is_the_blurred_logistic():
 def test_refusals_name_the_argument(call, word):
     with pytest.raises(InputError, match=word):
         call()
+
+
+def test_appearance_of_a_ball_is_what_was_put_in():
+    grid = np.indices((40, 40, 40)) - 19.5
+    depth = 7 - np.sqrt((grid**2).sum(0)) * 0.5
+    rng = np.random.default_rng(0)
+    ct = Volume((np.where(depth > 0, 50, -850) + 10 * rng.standard_normal(depth.shape)).astype(np.float32), (0.5, 0.5, 0.5), unit="HU")
+    found = simnod.appearance(ct, np.stack([depth > 0] * 2))
+    assert found["dice"] == found["iou"] == 1 and found["core_hu"] == pytest.approx(50, abs=2)
+    assert found["core_noise_hu"] == pytest.approx(10, rel=0.1) and found["lung_noise_hu"] == pytest.approx(10, rel=0.1)
+    assert found["profile +2 to +3 mm"] == pytest.approx(50, abs=2) and found["profile -3 to -2 mm"] == pytest.approx(-850, abs=2)
+
+
+def test_a_real_nodule_is_cut_around_its_outlines():
+    ct, masks = simnod.real_nodule("LIDC-IDRI-0003_nodule4")
+    whole = lidc.nodule("LIDC-IDRI-0003_nodule4")
+    assert masks.shape == (4, *ct.shape) and ct.spacing == (0.5,) * 3 and ct.unit == "HU"
+    assert masks.sum((1, 2, 3)) / 8 == pytest.approx(whole.masks.sum((1, 2, 3)) * np.prod(whole.spacing), rel=0.1)
