@@ -15,11 +15,11 @@ from .closed_form import WindowSystem
 from .compiled import kernel
 from .linear import ConvergenceError, Solution
 
-# %% ../nbs/12a_assembled.ipynb #7e0b11e8
+# %% ../nbs/12a_assembled.ipynb #94158aae
 @kernel
 def _add_windows(centres, number, radius, image, scale, weight, centre, matrix, rank, entries):
-    "Sum the blocks of all windows into entries[row, displacement] for the free voxels."
-    channels, size = image.shape[0], 3 ** (radius[0] + radius[1] + radius[2])
+    "Sum the blocks of all windows into entries[row, displacement] for the free voxels; displacements to later voxels only."
+    channels, size, none = image.shape[0], 3 ** (radius[0] + radius[1] + radius[2]), entries.shape[1] - 1
     shift, member = np.empty((27, 3), np.int64), np.empty(27, np.int64)
     offset, slope = np.empty((27, channels)), np.zeros((27, channels))
     for z, y, x in centres:
@@ -38,32 +38,35 @@ def _add_windows(centres, number, radius, image, scale, weight, centre, matrix, 
                     count += 1
         for a in range(size):
             row = rank[member[a]]
-            for b in range(size if row >= 0 else 0):
+            for b in range(a, size if row >= 0 else 0):  # the members are in the order of storage
                 explained = scale * weight[w]
                 for c in range(channels):
                     explained += offset[a, c] * slope[b, c]
                 place = ((shift[b, 0] - shift[a, 0] + 2 * radius[0]) * 5 + shift[b, 1] - shift[a, 1] + 2) * 5 + shift[b, 2] - shift[a, 2] + 2
-                entries[row, place] += (1.0 if a == b else 0.0) - explained
+                entries[row, place - none] += (1.0 if a == b else 0.0) - explained
 
-# %% ../nbs/12a_assembled.ipynb #4f0d401f
+# %% ../nbs/12a_assembled.ipynb #2b8425d4
 @kernel
 def _subtract_product(grid, home, shifts, entries, x, left):
     "left -= A x."
+    none = shifts.size // 2
     for i in range(home.size):
-        for k in range(shifts.size):
-            j = grid[home[i] + shifts[k]]
+        left[i] -= entries[i, 0] * x[i]
+        for k in range(1, none + 1):
+            j = grid[home[i] + shifts[none + k]]
             if j >= 0:
                 left[i] -= entries[i, k] * x[j]
+                left[j] -= entries[i, k] * x[i]
 
-# %% ../nbs/12a_assembled.ipynb #6babf658
+# %% ../nbs/12a_assembled.ipynb #4b74fabc
 @dataclass(frozen=True)
 class Stencil:
-    "The matrix of a window system over its free voxels, one entry for each displacement within two voxels."
+    "The matrix of a window system over its free voxels, one entry for each displacement to a voxel stored later, at most two away."
 
     grid: np.ndarray  # flat padded crop, int32: row of each free voxel, -1 elsewhere
     home: np.ndarray  # (m,) where each row's voxel lies in the grid
     shifts: np.ndarray  # (25,), in 3D (125,): the displacements, as distances in the grid
-    entries: np.ndarray  # (m, 25) or (m, 125): entry of row i and column grid[home[i] + shifts[k]]
+    entries: np.ndarray  # (m, 13) or (m, 63): entry of row i and column grid[home[i] + shifts[12 + k]], in 3D shifts[62 + k]
 
     def residual(self, rhs: np.ndarray, x: np.ndarray) -> np.ndarray:  # (m,)
         "b - A x."
@@ -84,16 +87,16 @@ def make_stencil(
     spans.scatter(np.arange(spans.size), number[tuple(slice(r, r + n) for r, n in zip(reach, spans.covered.shape))])
     rank = np.full(spans.size + 1, -1, np.int32)  # the last entry is that of voxels that are not stored
     rank[free] = np.arange(len(free))
-    entries = np.zeros((len(free), (2 * reach[0] + 1) * 25))
+    entries = np.zeros((len(free), ((2 * reach[0] + 1) * 25 + 1) // 2))
     _add_windows(np.argwhere(np.append(region.active, np.uint8(0))[number]), number, np.array(region.radius), system.image, system.scale,
                  system.weight, system.centre, system.matrix, rank, entries)
-    entries[region.unknown[free] == 0, entries.shape[1] // 2] += system.penalty
+    entries[region.unknown[free] == 0, 0] += system.penalty
     shifts = np.array([(z * number.shape[1] + y) * number.shape[2] + x for z in range(-reach[0], reach[0] + 1)
                        for y in range(-2, 3) for x in range(-2, 3)])
     home = np.flatnonzero(number >= 0)[free]  # spans are stored in the order of the voxels
     return Stencil(rank[number].ravel(), home, shifts, entries)
 
-# %% ../nbs/12a_assembled.ipynb #b3e60fc9
+# %% ../nbs/12a_assembled.ipynb #24d8da92
 def assemble(
     system: WindowSystem,  # windows and constraints
 ):  # (m, m) scipy sparse array over the free voxels, in storage order
@@ -102,10 +105,12 @@ def assemble(
 
     size = np.count_nonzero(system.free)
     stencil = make_stencil(system, np.arange(size))
-    column = stencil.grid[stencil.home[:, None] + stencil.shifts]
+    column = stencil.grid[stencil.home[:, None] + stencil.shifts[len(stencil.shifts) // 2 :]]
     valid = column >= 0
     ends = np.append(0, np.cumsum(valid.sum(1))).astype(np.int32)
-    return csr_array((stencil.entries[valid], column[valid], ends), shape=(size, size))
+    upper = csr_array((stencil.entries[valid], column[valid], ends), shape=(size, size))
+    stencil.entries[:, 0] = 0  # the diagonal is not mirrored
+    return upper + csr_array((stencil.entries[valid], column[valid], ends), shape=(size, size)).T.tocsr()
 
 # %% ../nbs/12a_assembled.ipynb #34b46a9f
 LEAF = 32  # voxels of a part that is not cut any more
@@ -263,7 +268,7 @@ def _eliminate(front, n, own):
                         front[i, x] -= factor * front[k, x]
     return True
 
-# %% ../nbs/12a_assembled.ipynb #3d531363
+# %% ../nbs/12a_assembled.ipynb #bc8e97f6
 @kernel
 def _collect_updates(t, waiting, top, begin, reach, ends, rows, seat, pile, height, front):
     "Add the updates of the parts that node t completes to its front; what still waits, and how high the pile is."
@@ -284,7 +289,7 @@ def _collect_updates(t, waiting, top, begin, reach, ends, rows, seat, pile, heig
 def _factorise(grid, home, shifts, entries, scale, begin, reach, ends, rows, front, pile, factor):
     "Fill the factor, node by node; false if a pivot is not positive."
     nodes, seat, top, height, at = begin.size - 1, np.empty(home.size, np.int32), 0, 0, 0
-    waiting = np.empty(nodes, np.int64)
+    waiting, none = np.empty(nodes, np.int64), shifts.size // 2  # the displacement that is none
     for t in range(nodes):
         own, first = begin[t + 1] - begin[t], begin[t]
         n = own + ends[t + 1] - ends[t]
@@ -299,7 +304,8 @@ def _factorise(grid, home, shifts, entries, scale, begin, reach, ends, rows, fro
             for k in range(shifts.size):
                 j = grid[home[i] + shifts[k]]
                 if j >= i:
-                    front[i - first, seat[j]] = entries[i, k] * scale[i] * scale[j]
+                    entry = entries[i, k - none] if k >= none else entries[j, none - k]
+                    front[i - first, seat[j]] = entry * scale[i] * scale[j]
         top, height = _collect_updates(t, waiting, top, begin, reach, ends, rows, seat, pile, height, front)
         if not _eliminate(front, n, own):
             return False
@@ -359,7 +365,7 @@ def _backward(begin, ends, rows, factor, local, x):
         for i in range(own):
             x[first + i] = local[i]
 
-# %% ../nbs/12a_assembled.ipynb #9b1ffff5
+# %% ../nbs/12a_assembled.ipynb #dabba70a
 @dataclass(frozen=True)
 class Factor:
     "Cholesky factor of a scaled system."
@@ -390,7 +396,7 @@ def factorise(
     layout = stencil.grid, stencil.home, stencil.shifts
     ends, rows, size, largest, pile = _find_boundaries(*layout, tree.begin, tree.reach)
     with np.errstate(invalid="ignore"):  # NaN is not positive and ends the factorisation
-        scale = 1 / np.sqrt(stencil.entries[:, len(stencil.shifts) // 2])
+        scale = 1 / np.sqrt(stencil.entries[:, 0])
     values = np.empty(size, precision)
     done = _factorise(*layout, stencil.entries, scale, tree.begin, tree.reach, ends, rows, np.empty((largest, largest), precision),
                       np.empty(pile, precision), values)
