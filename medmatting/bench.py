@@ -619,7 +619,7 @@ def main() -> int:
     print("\nTables and plots are in figures/bench.")
     return 0
 
-# %% ../nbs/55_bench.ipynb #9fd23361
+# %% ../nbs/55_bench.ipynb #381ac0ec
 def last_run(
     root: str | Path | None = None,  # repository folder; found from the current folder if not given
 ) -> str:  # Markdown
@@ -632,4 +632,5 @@ def last_run(
              "scaling.png": "Seconds and extra memory of four methods against the number of unknown voxels, logarithmic and nearly straight, above "
                             "the bandwidth bound; beside them the milliseconds of closed form on one nodule in growing volumes.",
              "scaling.csv": "", "volumes.csv": ""}
-    return "\n\n".join(published_file(folder / name, f"../figures/bench/{name}", alt) for name, alt in shown.items())
+    parts = [published_file(folder / name, f"../figures/bench/{name}", alt) for name, alt in shown.items()]
+    return "\n\n".join([*parts, "The first table [as CSV](../figures/bench/bench.csv). Measure it on your machine: `make bench`."])
