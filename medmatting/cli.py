@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['add_matte', 'add_trimap_options', 'add_solver_options', 'method_options', 'read_trimap', 'Counter', 'check_output',
            'run_matte', 'matte_one', 'write_json', 'case_words', 'run_case', 'run_batch', 'add_score', 'run_score',
-           'add_train', 'add_recipe_options', 'run_train', 'add_predict', 'image_files', 'output_names', 'predict_one',
-           'run_predict', 'predict_many', 'add_data', 'run_simnod', 'run_data', 'add_reproduce', 'run_reproduce',
+           'add_train', 'add_recipe_options', 'run_train', 'add_predict', 'image_files', 'output_names', 'load_model',
+           'name_model', 'scale_intensities', 'given_trimap', 'predict_slices', 'predict_one', 'run_predict',
+           'predict_many', 'add_data', 'run_simnod', 'run_lidc', 'run_data', 'add_reproduce', 'run_reproduce',
            'make_parser', 'main']
 
-# %% ../nbs/60_cli.ipynb #b43387b4
+# %% ../nbs/60_cli.ipynb #d8a7bbb5
 import argparse
 import json
 import sys
 import time
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from . import __version__
 from .checks import InputError, atomic_path, refuse
 
-# %% ../nbs/60_cli.ipynb #68d9947a
+# %% ../nbs/60_cli.ipynb #7f971213
 def add_matte(commands):
     "Arguments of `medmatting matte`."
     parser = commands.add_parser("matte", help="alpha matte of an image", description="Alpha matte of an image or volume.")
@@ -35,6 +37,7 @@ def add_matte(commands):
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--info", type=Path, help="JSON file for method, parameters, iterations and residual")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="depth of a PNG (default 8)")
+    parser.add_argument("--segment", default="tissue", help="output .dcm: what the matte shows: tissue (default), lung nodule, nodule or lesion")
     add_trimap_options(parser)
     add_solver_options(parser)
     parser.set_defaults(run=run_matte)
@@ -124,7 +127,7 @@ class Counter:
         if self.shown:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/60_cli.ipynb #376433fb
+# %% ../nbs/60_cli.ipynb #8acf0a6b
 def check_output(name: str, path: Path | None, overwrite: bool):
     "Refuse an output that exists, before anything is computed."
     if path is not None and path.exists() and not overwrite:
@@ -155,6 +158,11 @@ def matte_one(arguments) -> int:
     for name, path in (("--output", arguments.output), ("--info", arguments.info)):
         check_output(name, path, arguments.overwrite)
     native = image = read(arguments.image)
+    if arguments.output.suffix == ".dcm":
+        from medmatting.segmentation import check_segment, check_source
+
+        check_segment(arguments.segment)
+        check_source(image)
     trimap = read_trimap(arguments, image)
     pairs = {name: tuple(value) for name in ("hu_range", "intensity_range") if (value := getattr(arguments, name))}
     if arguments.resample is not None:
@@ -167,7 +175,7 @@ def matte_one(arguments) -> int:
     counter.clear()
     if arguments.resample is not None:
         alpha = resample_like(alpha, native)
-    write(arguments.output, alpha, bits=arguments.bits)
+    write(arguments.output, alpha, native, bits=arguments.bits, segment=arguments.segment)
     if arguments.info:
         write_json(arguments.info, asdict(info))
     print(f"{arguments.output}: {info.method}, {info.unknown} unknown voxels, {info.iterations} iterations, "
@@ -265,11 +273,11 @@ def run_score(arguments) -> int:
                         for name, value in result.items()))
     return 0
 
-# %% ../nbs/60_cli.ipynb #64cca426
+# %% ../nbs/60_cli.ipynb #9bd0ee44
 def add_train(commands):
     "Arguments of `medmatting train`."
     parser = commands.add_parser("train", help="train a 2D network on one fold", description="Train a network, predict and score the test cases of its fold.")
-    parser.add_argument("kind", help="plain-unet, medical-matting or region-aware")
+    parser.add_argument("kind", help="plain-unet, medical-matting, region-aware; with a trimap fba, matteformer")
     parser.add_argument("--data", required=True, help="brain-growth, lidc, isic (published sets), lidc-like (simulated) or isic-like")
     parser.add_argument("--fold", type=int, required=True, help="number of the fold, from 0")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="takes checkpoint, weights, curves, predictions, scores")
@@ -297,7 +305,7 @@ def add_recipe_options(parser):
     parser.add_argument("--processes", type=int, default=1, help="on this machine (default 1)")
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="steps between checkpoints (default 50)")
 
-# %% ../nbs/60_cli.ipynb #2ccf587c
+# %% ../nbs/60_cli.ipynb #ed17a2f3
 def run_train(arguments) -> int:
     "Train, predict, score; print the means."
     from medmatting.fold_runs import FoldRun, train_fold
@@ -313,29 +321,32 @@ def run_train(arguments) -> int:
         changes |= {"steps": arguments.steps, "warmup": min(max(samples // arguments.batch, 1), arguments.steps)}
     network = {name: value for name in ("upsampling", "scales", "kernel") if (value := getattr(arguments, name)) is not None}
     run = FoldRun(arguments.kind, arguments.data, arguments.fold, paper_recipe(samples, arguments.epochs, **changes), arguments.size,
-                  network, arguments.pseudo, arguments.weighting, arguments.precision, arguments.processes)
+                  network, arguments.pseudo, arguments.weighting, precision=arguments.precision, processes=arguments.processes)
     scores = train_fold(run, arguments.output, device=arguments.device, data_folder=arguments.data_folder, save_every=arguments.save_every)
     means = ", ".join(f"{name} {scores[name].mean():.4f}" for name in ("sad", "mse", "grad"))
     print(f"{arguments.output / 'weights.safetensors'}: {run.recipe.steps} steps, {len(scores)} test cases, mean {means}")
     return 0
 
-# %% ../nbs/60_cli.ipynb #419ce16b
+# %% ../nbs/60_cli.ipynb #4aa5d079
 def add_predict(commands):
     "Arguments of `medmatting predict`."
-    parser = commands.add_parser("predict", help="alpha of images by a trained network", description="Alpha of images by a trained network, without a trimap.")
+    parser = commands.add_parser("predict", help="alpha of images by a trained network", description="Alpha of images by a trained network.")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders with image files")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file for alpha; a folder for several images")
-    parser.add_argument("--weights", type=Path, required=True, help="weights.safetensors of medmatting train")
+    parser.add_argument("--weights", help="weights.safetensors of medmatting train, a published file of FBA or MatteFormer (.pth), or a model of"
+                        " the package: nodules or skin (default: by the channels of the image)")
+    parser.add_argument("--trimap", type=Path, help="for fba and matteformer: 0 background, 128 unknown, 255 foreground; a folder for several images")
     parser.add_argument("--uncertainty", type=Path, help="file for the uncertainty in bits; a folder for several images")
     parser.add_argument("--no-flips", action="store_true", help="one look instead of the mean over four flips")
     parser.add_argument("--tile", type=int, default=512, help="largest side seen at once (default 512)")
     parser.add_argument("--hu-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU scaled to 0 and 1, as in training (-1000 400)")
+    parser.add_argument("--spacing", type=float, metavar="MM", help="side of a pixel, where the file does not say it")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="depth of a PNG (default 8)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     parser.set_defaults(run=run_predict)
 
-# %% ../nbs/60_cli.ipynb #7adb5e05
+# %% ../nbs/60_cli.ipynb #cce0aa5a
 def image_files(paths: list[Path]) -> list[Path]:
     "The images that files and folders stand for."
     from medmatting.files import MEDICAL, NUMPY, PICTURES
@@ -344,6 +355,8 @@ def image_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         inside = sorted(p for p in path.iterdir() if p.name.lower().endswith((*MEDICAL, *PICTURES, *NUMPY, ".dcm")) and p.name[0] != ".") \
             if path.is_dir() else [path]
+        if inside and all(p.name.lower().endswith(".dcm") for p in inside):
+            inside = [path]  # slices of one volume
         if not inside:
             refuse("IMAGE", f"{path}, a folder without images", f"files ending in {', '.join((*MEDICAL, *PICTURES, *NUMPY, '.dcm'))}", "check the path")
         found += inside
@@ -365,88 +378,143 @@ def output_names(images: list[Path], folder: Path) -> dict[Path, Path]:
                "rename them, or give them in several commands")
     return outputs
 
-# %% ../nbs/60_cli.ipynb #89ecf6b8
-def predict_one(net, image: Path, output: Path, uncertainty: Path | None, arguments):
-    "Read, predict, write."
-    from medmatting import read, write
-    from medmatting.matting import intensity_limits
-    from medmatting.predict import predict
-
-    volume = read(image)
-    if volume.ndim == 3 and volume.shape[0] != 1:
-        refuse("IMAGE", f"{image}, a volume of {volume.shape[0]} slices", "one slice or a picture", "save the slice you mean, for example volume.nii[:, :, 12]")
-    if volume.unit == "HU" and not arguments.hu_range:
-        refuse("IMAGE", f"{image} in Hounsfield units", "them with the range that the network was trained with", "add --hu-range -1000 400")
-    low, high = intensity_limits(volume, False, tuple(arguments.hu_range) if arguments.hu_range else None)
-    pixels = ((volume.array.astype("float32") - low) / (high - low)).clip(0, 1)
-    said = predict(net, pixels[0] if volume.ndim == 3 else pixels, flips=not arguments.no_flips, tile=arguments.tile, overlap=min(64, arguments.tile // 4))
-    if uncertainty is not None and said.uncertainty is None:
-        refuse("--uncertainty", f"it with weights of {net.kind}", "a network that has one (region-aware, medical-matting)", "leave it out")
-    for path, values in ((output, said.alpha), (uncertainty, said.uncertainty)):
-        if path is not None:
-            write(path, volume.with_array(values.clip(0, 1).reshape(volume.shape), channels=False, unit="", meta={}), bits=arguments.bits)
-
-# %% ../nbs/60_cli.ipynb #b71d12f2
-def run_predict(arguments) -> int:
-    "One image, or what is not there yet of many; 1 if an image failed."
-    from medmatting.predict import load_network
-
-    several = len(arguments.images) > 1 or arguments.images[0].is_dir()
-    if arguments.uncertainty and arguments.uncertainty.resolve() == arguments.output.resolve():
-        refuse("--uncertainty", str(arguments.uncertainty), "another place than --output", "choose another name")
-    if not several:
-        for name, path in (("--output", arguments.output), ("--uncertainty", arguments.uncertainty)):
-            check_output(name, path, arguments.overwrite)
-    net = _on_device(load_network(arguments.weights)[0], arguments.device)
-    if not several:
-        predict_one(net, arguments.images[0], arguments.output, arguments.uncertainty, arguments)
-        print(f"{arguments.output}: {net.kind}")
-        return 0
-    return predict_many(net, arguments)
-
-
-def _on_device(net, device: str):
-    "The network where it is to compute."
+# %% ../nbs/60_cli.ipynb #52eb6945
+@lru_cache(maxsize=4)
+def load_model(
+    weights: str,  # file, or name of a shipped model
+    device: str = "cpu",
+):  # network and model card
+    "A network where it is to compute."
     import torch
+
+    from medmatting.predict import SHIPPED, load_network, load_shipped
 
     if device == "cuda" and not torch.cuda.is_available():
         refuse("--device", device, "'cpu'", "no CUDA device is seen here")
-    return net.to(device)
+    net, card = load_shipped(weights) if weights in SHIPPED.values() else load_network(weights)
+    return net.to(device), card
 
-# %% ../nbs/60_cli.ipynb #d190f1dd
-def predict_many(net, arguments) -> int:
+
+def name_model(arguments, volume) -> str:
+    "The weights for an image: those that were given, or the shipped model for its channels."
+    from medmatting.predict import SHIPPED
+
+    return arguments.weights or SHIPPED[3 if volume.channels and volume.array.shape[-1] > 1 else 1]
+
+# %% ../nbs/60_cli.ipynb #3eb720c6
+def scale_intensities(volume, card: dict, arguments):
+    "Values of an image in [0, 1], as the network was trained."
+    from medmatting.matting import intensity_limits
+
+    hu_range = arguments.hu_range or (card.get("input", {}).get("hu_range") if volume.unit == "HU" else None)
+    if volume.unit == "HU" and not hu_range:
+        refuse("IMAGE", "Hounsfield units", "them with the range that the network was trained with", "add --hu-range -1000 400")
+    low, high = intensity_limits(volume, False, tuple(hu_range) if hu_range else None)
+    return ((volume.array.astype("float32") - low) / (high - low)).clip(0, 1)
+
+
+def given_trimap(net, image: Path, arguments):
+    "The trimap for an image, None if the network reads none."
+    from medmatting import read
+
+    if hasattr(net, "encode") != bool(arguments.trimap):
+        refuse("--trimap", str(arguments.trimap or "none"), f"{'one' if hasattr(net, 'encode') else 'none'} for {net.kind}",
+               "give a file" if hasattr(net, "encode") else "leave it out, or give --weights of fba or matteformer")
+    if not arguments.trimap:
+        return None
+    return read(arguments.trimap / f"{image.name.split('.')[0]}.png" if arguments.trimap.is_dir() else arguments.trimap).array.squeeze()
+
+# %% ../nbs/60_cli.ipynb #680bea3b
+def predict_slices(net, card: dict, volume, trimap, arguments):
+    "Alpha and uncertainty (None if the network has none), each of the shape of the image."
+    import numpy as np
+    from tqdm import tqdm
+
+    from medmatting.predict import predict, suitable_zoom
+
+    if arguments.spacing is not None and not 0 < arguments.spacing < float("inf"):
+        refuse("--spacing", str(arguments.spacing), "a positive number of millimetres", "leave it out where the file says it")
+    pixels, known = scale_intensities(volume, card, arguments), volume.spacing[1:] if volume.ndim == 3 else None
+    slices = pixels if volume.ndim == 3 else pixels[None]
+    zoom = suitable_zoom(card, slices.shape[1:3], (arguments.spacing,) * 2 if arguments.spacing else known)
+    options = dict(zoom=zoom, flips=not arguments.no_flips, tile=arguments.tile, overlap=min(64, arguments.tile // 4))
+    shown = tqdm(slices, disable=len(slices) == 1 or not sys.stderr.isatty(), unit="slice")
+    said = [predict(net, one, trimap, **options) for one in shown]
+    stack = lambda maps: None if maps[0] is None else np.stack(maps).clip(0, 1).reshape(volume.shape)
+    return stack([s.alpha for s in said]), stack([s.uncertainty for s in said])
+
+
+def predict_one(image: Path, output: Path, uncertainty: Path | None, arguments) -> str:
+    "Read, predict, write; what it was done with."
+    from medmatting import read, write
+    from medmatting.files import PICTURES
+
+    volume = read(image)
+    pictures = [path for path in (output, uncertainty) if path is not None and path.name.lower().endswith(PICTURES)]
+    if volume.ndim == 3 and volume.shape[0] != 1 and (pictures or arguments.trimap):
+        refuse("IMAGE", f"{image}, a volume of {volume.shape[0]} slices", "one slice for a picture or a trimap",
+               "write a volume, for example -o alpha.nii.gz, and leave out --trimap")
+    name = name_model(arguments, volume)
+    net, card = load_model(name, arguments.device)
+    alpha, entropy = predict_slices(net, card, volume, given_trimap(net, image, arguments), arguments)
+    if uncertainty is not None and entropy is None:
+        refuse("--uncertainty", f"it with weights of {net.kind}", "a network that has one (region-aware, medical-matting)", "leave it out")
+    for path, values in ((output, alpha), (uncertainty, entropy)):
+        if path is not None:
+            write(path, volume.with_array(values, channels=False, unit="", meta={}), bits=arguments.bits)
+    return f"{net.kind}, weights {name}" if arguments.weights else f"{net.kind}, the package's model {name!r}, {card['short']}"
+
+# %% ../nbs/60_cli.ipynb #7a1563d0
+def run_predict(arguments) -> int:
+    "One image, or what is not there yet of many; 1 if an image failed."
+    if arguments.uncertainty and arguments.uncertainty.resolve() == arguments.output.resolve():
+        refuse("--uncertainty", str(arguments.uncertainty), "another place than --output", "choose another name")
+    images = image_files(arguments.images)
+    if images == arguments.images and len(images) == 1:
+        for name, path in (("--output", arguments.output), ("--uncertainty", arguments.uncertainty)):
+            check_output(name, path, arguments.overwrite)
+        print(f"{arguments.output}: {predict_one(images[0], arguments.output, arguments.uncertainty, arguments)}")
+        return 0
+    if arguments.weights:
+        load_model(arguments.weights, arguments.device)  # bad weights are one refusal, not one for each image
+    return predict_many(images, arguments)
+
+# %% ../nbs/60_cli.ipynb #7d6da46d
+def predict_many(images: list[Path], arguments) -> int:
     "Several images into a folder."
     for name, path in (("--output", arguments.output), ("--uncertainty", arguments.uncertainty)):
         if path is not None and path.exists() and not path.is_dir():
             refuse(name, f"{path}, a file", "a folder for several images", "choose another name")
-    images = image_files(arguments.images)
     outputs = output_names(images, arguments.output)
     maps = output_names(images, arguments.uncertainty) if arguments.uncertainty else dict.fromkeys(images)
     waiting = [i for i in images if arguments.overwrite or not all(p.exists() for p in (outputs[i], maps[i]) if p is not None)]
     print(f"{len(images)} images, {len(images) - len(waiting)} done before", flush=True)
-    failed = {}
+    failed, said = {}, {}
     for done, image in enumerate(waiting, start=len(images) - len(waiting) + 1):
         try:
-            predict_one(net, image, outputs[image], maps[image], arguments)
+            said[predict_one(image, outputs[image], maps[image], arguments)] = None
         except (OSError, RuntimeError, MemoryError, ValueError) as error:
             failed[image] = str(error) or type(error).__name__
         print(f"{done} of {len(images)}: {image.name}{' FAILED' if image in failed else ''}", flush=True)
+    for model in said:
+        print(f"with {model}")
     for image, reason in failed.items():
         print(f"medmatting: {image}: {reason}", file=sys.stderr)
     return int(bool(failed))
 
-# %% ../nbs/60_cli.ipynb #dad3ff10
+# %% ../nbs/60_cli.ipynb #db47e3dd
 def add_data(commands):
     "Arguments of `medmatting data`."
     parser = commands.add_parser("data", help="list, fetch, verify and simulate data sets", description="Data sets of this package.")
-    parser.add_argument("action", choices=("list", "fetch", "verify", "simnod"), help="simnod makes simulated nodules with known alpha")
-    parser.add_argument("name", nargs="?", help="a data set; verify without a name checks all that are present")
+    parser.add_argument("action", choices=("list", "fetch", "verify", "simnod", "lidc"),
+                        help="simnod makes simulated nodules with known alpha; lidc makes cases from a folder of LIDC-IDRI")
+    parser.add_argument("name", nargs="?", help="a data set; verify without a name checks all that are present; for lidc the folder of the archive")
     parser.add_argument("--folder", type=Path, help="where data lie (default $MEDMATTING_DATA, or the user's data folder)")
+    parser.add_argument("-o", "--output", type=Path, help="simnod, lidc: folder for the cases, which is continued, checked and repaired if it is there")
     simulated = parser.add_argument_group("simulated nodules (simnod)")
     simulated.add_argument("--cases", type=int, help="how many (default 200); more of the same seed continue a set")
     simulated.add_argument("--seed", type=int, help="of everything random (default 0)")
     simulated.add_argument("--side", type=int, choices=(64, 96), help="voxels of 0.5 mm along the edge of a cube (default 64)")
-    simulated.add_argument("-o", "--output", type=Path, help="folder for the cases, which is continued, checked and repaired if it is there")
     simulated.add_argument("-j", "--jobs", type=int, help="processes side by side (default 2)")
     parser.set_defaults(run=run_data)
 
@@ -465,15 +533,29 @@ def run_simnod(arguments, given: dict) -> int:
     return int(bool(done.failed))
 
 
+def run_lidc(arguments, given: dict) -> int:
+    "Make cases from LIDC-IDRI; 1 if a series was refused."
+    from medmatting.lidc_archive import convert_archive
+
+    if not arguments.name or arguments.folder or set(given) != {"output"}:
+        refuse("arguments", ", ".join(["lidc", *given]), "the folder of the archive and -o", "say medmatting data lidc LIDC-IDRI -o nodules")
+    done = convert_archive(arguments.name, arguments.output, progress=sys.stderr.isatty())
+    refused = done.series[done.series.status == "refused"]
+    print(f"{arguments.output}: {done}")
+    for line in refused.itertuples():
+        print(f"medmatting: {line.xml or line.series}: {line.reason}", file=sys.stderr)
+    return int(len(refused) > 0)
+
+
 def run_data(arguments) -> int:
-    "List, fetch, verify or simulate."
+    "List, fetch, verify, simulate or convert."
     from medmatting import registry
 
     given = {name: value for name in ("cases", "seed", "side", "jobs", "output") if (value := getattr(arguments, name)) is not None}
-    if arguments.action == "simnod":
-        return run_simnod(arguments, given)
+    if arguments.action in ("simnod", "lidc"):
+        return run_simnod(arguments, given) if arguments.action == "simnod" else run_lidc(arguments, given)
     if given:
-        refuse(", ".join(f"--{name}" for name in given), f"it with {arguments.action}", "these options with simnod", "leave them out")
+        refuse(", ".join(f"--{name}" for name in given), f"it with {arguments.action}", "these options with simnod or lidc", "leave them out")
     if arguments.action == "list":
         print(registry.data_list(arguments.folder).to_string())
     elif arguments.action == "fetch":

@@ -7,12 +7,13 @@ __all__ = ['RATINGS', 'MAX_XML', 'SHRINK', 'LEAST_MM', 'Outline', 'Annotation', 
            'fill_outline', 'annotation_mask', 'group_annotations', 'Found', 'find_nodules', 'ArchiveSettings',
            'nodule_volumes', 'convert_series', 'Conversion', 'convert_archive']
 
-# %% ../nbs/41a_lidc_archive.ipynb #bd18b5f3
+# %% ../nbs/41a_lidc_archive.ipynb #ca017f87
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -119,15 +120,18 @@ def _annotation(path: Path, reader: int, element) -> Annotation:
     ratings = {name: _number(path, given, name) for name in RATINGS if given is not None and given.find(f"{{*}}{name}") is not None}
     return Annotation(reader, _text(path, element, "noduleID"), ratings, tuple(_outline(path, roi) for roi in element.findall("{*}roi")))
 
-# %% ../nbs/41a_lidc_archive.ipynb #5ee8985b
+# %% ../nbs/41a_lidc_archive.ipynb #64948a01
 def read_annotations(
     path: str | Path,  # XML file of one CT series
 ) -> Readings:  # every outline, by reader
     "What the readers said about one series."
-    path = Path(path)
-    root = _parse(path)
+    return _readings(Path(path), _parse(Path(path)))
+
+
+def _readings(path: Path, root: ElementTree.Element) -> Readings:
+    "What the elements of an XML file say."
     if root.tag.rpartition("}")[2] != "LidcReadMessage":
-        refuse("xml", f"{path.name} with {root.tag.rpartition('}')[2]}", "LidcReadMessage, the readings of a CT", "leave this file out")
+        refuse("xml", f"{path.name} with the root {root.tag.rpartition('}')[2]}", "LidcReadMessage, the readings of a CT", "leave this file out")
     header = root.find("{*}ResponseHeader")
     uids = [(child.text or "").strip() for child in (() if header is None else header) if child.tag.lower().endswith("seriesinstanceuid")]
     if not uids or not uids[0]:
@@ -258,11 +262,11 @@ def _find(annotations: tuple[Annotation, ...], slices: list[Slice], sessions: in
         "" if masks.all(0).any() else "no voxel that all four readers outlined"
     return Found(annotations, first, last, masks, reason)
 
-# %% ../nbs/41a_lidc_archive.ipynb #530ac916
+# %% ../nbs/41a_lidc_archive.ipynb #85328a99
 def find_nodules(
     readings: Readings,  # of the XML file
     slices: list[Slice],  # of the series, in order along their normal
-) -> list[Found]:  # every nodule that any reader outlined, along z
+) -> Iterator[Found]:  # every nodule that any reader outlined, along z
     "The nodules of a series, from its headers and annotations."
     first = slices[0]
     if abs(np.cross(*first.orientation)[2]) < 0.999:
@@ -275,7 +279,8 @@ def find_nodules(
                               for o in a.outlines]) for a in readings.annotations]
     thickness = first.meta.get("slice_thickness") or abs(slices[-1].position[2] - first.position[2]) / max(len(slices) - 1, 1)
     groups = group_annotations(points, [a.reader for a in readings.annotations], thickness)
-    return [_find(tuple(readings.annotations[i] for i in group), slices, readings.sessions) for group in groups]
+    for group in groups:  # one at a time: masks of a whole scan at once would fill the memory
+        yield _find(tuple(readings.annotations[i] for i in group), slices, readings.sessions)
 
 # %% ../nbs/41a_lidc_archive.ipynb #e8636e3e
 @dataclass(frozen=True)
@@ -395,7 +400,7 @@ def _series_folders(folder: Path) -> dict[str, Path]:
                 break
     return found
 
-# %% ../nbs/41a_lidc_archive.ipynb #604d8a0e
+# %% ../nbs/41a_lidc_archive.ipynb #b0cfa3c9
 @dataclass(frozen=True, eq=False)
 class _Job:
     "An XML file, and what became of looking for its series."
@@ -411,9 +416,10 @@ def _jobs(root: Path, folders: dict[str, Path]) -> list[_Job]:
     jobs = []
     for xml in sorted(path for path in root.rglob("*") if path.suffix.lower() == ".xml" and path.is_file()):
         try:
-            if _parse(xml).tag.endswith("IdriReadMessage"):
+            root_element = _parse(xml)
+            if root_element.tag.endswith("IdriReadMessage"):
                 continue
-            readings = read_annotations(xml)
+            readings = _readings(xml, root_element)
         except (InputError, OSError) as error:
             jobs.append(_Job(xml, None, None, str(error)))
             continue

@@ -270,3 +270,26 @@ def test_read_dicom_knows_where_a_series_came_from(tmp_path):
     meta = read_dicom(tmp_path).meta
     named = {pydicom.dcmread(path).SOPInstanceUID: float(pydicom.dcmread(path).ImagePositionPatient[2]) for path in tmp_path.iterdir()}
     assert [named[uid] for uid in meta["instances"]] == [7.0, 9.5, 12.0, 14.5] and meta["folder"] == str(tmp_path.resolve())
+
+
+def test_the_command_line_writes_segmentations(tmp_path, capsys):
+    from medmatting.cli import main
+
+    series(tmp_path / "ct", n=8)
+    ct = read(tmp_path / "ct")
+    trimap = np.zeros(ct.shape, np.uint8)
+    trimap[2:6, 1:4, 1:5], trimap[3:5, 2:3, 2:4] = 128, 255
+    write(tmp_path / "trimap.nii.gz", trimap, like=ct)
+    write(tmp_path / "ct.nii.gz", ct)
+    words = ["--trimap", str(tmp_path / "trimap.nii.gz"), "--hu-range", "-1024", "976"]
+    alpha = tmp_path / "alpha.dcm"
+    assert main(["matte", str(tmp_path / "ct"), *words, "-o", str(alpha), "--segment", "lung nodule"]) == 0
+    assert main(["matte", str(tmp_path / "ct"), *words, "-o", str(tmp_path / "alpha.nii.gz")]) == 0
+    back = read(alpha)
+    assert same_place(back, ct) and back.meta["segment"] == "lung nodule, alpha matte"
+    assert abs(back.array - read(tmp_path / "alpha.nii.gz").array).max() <= HALF_STEP
+    capsys.readouterr()
+    assert main(["matte", str(tmp_path / "ct.nii.gz"), *words, "-o", str(tmp_path / "b.dcm")]) == 2
+    assert "not read from DICOM" in capsys.readouterr().err
+    assert main(["matte", str(tmp_path / "ct"), *words, "-o", str(tmp_path / "b.dcm"), "--segment", "spleen"]) == 2
+    assert "segment: got 'spleen'" in capsys.readouterr().err and not (tmp_path / "b.dcm").exists()
