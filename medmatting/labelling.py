@@ -6,7 +6,7 @@
 __all__ = ['CANDIDATES', 'LabellingSettings', 'Labelling', 'open_labelling', 'Source', 'find_sources', 'nodule_sources',
            'add_case', 'label_case', 'make_candidates', 'LabelledCase', 'read_case']
 
-# %% ../nbs/47_labelling.ipynb #7fa9bfae
+# %% ../nbs/47_labelling.ipynb #96b50468
 import hashlib
 import json
 import os
@@ -24,6 +24,7 @@ from .hounsfield import Window
 from .lidc import nodule, nodules
 from .matting import METHODS, matte
 from .registry import sha256_of
+from .segmentation import REMEMBERED
 from .trimaps import trimap_from_raters
 from .volumes import Volume, check_volume, crop_nodule, read_masks, resample
 
@@ -82,7 +83,7 @@ class Labelling:
         "Names of the cases that were prepared, in the order of their names."
         return tuple(sorted(path.parent.name for path in (self.folder / "cases").glob("*/case.json")))
 
-# %% ../nbs/47_labelling.ipynb #d56eda56
+# %% ../nbs/47_labelling.ipynb #1ba37292
 def open_labelling(
     folder: str | Path,  # made if it is not there
     settings: LabellingSettings | None = None,  # None: those of the folder, or the defaults for a new one
@@ -97,7 +98,7 @@ def open_labelling(
         return Labelling(folder, settings)
     try:
         stored = _check_settings(_from_json(json.loads(file.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         refuse("folder", f"{file}, which cannot be read ({error})", "the settings this package wrote", "restore the file, or begin a new folder")
     if settings is not None and settings != stored:
         changed = [name for name, value in asdict(stored).items() if asdict(settings)[name] != value]
@@ -164,11 +165,17 @@ def _intact(folder: Path, record: dict, made_from: dict) -> bool:
     return record.get("made_from") == made_from and bool(files) and all(
         (folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in files.items())
 
-# %% ../nbs/47_labelling.ipynb #d5b49c4d
+# %% ../nbs/47_labelling.ipynb #688a41e9
 def _digest(volume: Volume) -> str:
     "SHA-256 of the values and the place of a volume."
     place = repr((volume.shape, volume.spacing, volume.origin, volume.direction.tolist(), volume.array.dtype.str, volume.unit))
     return hashlib.sha256(place.encode() + np.ascontiguousarray(volume.array).tobytes()).hexdigest()
+
+
+def _scanner(image: Volume) -> dict:
+    "The grid of a crop as scanned and, if it is from a DICOM series, the series: to bring a matte back to the scanner."
+    series = {name: image.meta[name] for name in REMEMBERED} if set(REMEMBERED) <= image.meta.keys() else {}
+    return {"shape": image.shape, "spacing": image.spacing, "origin": image.origin, "direction": image.direction.tolist(), "series": series}
 
 
 def _made_from(settings: LabellingSettings, image: Volume, masks: np.ndarray) -> dict:
@@ -189,7 +196,7 @@ def _check_case(settings: LabellingSettings, name: str, image: Volume, masks) ->
         refuse(name, f"masks of {len(binary)} rater(s)", f"at least {settings.least_raters}", "lower least_raters if this is meant")
     return image.with_array(image.array, unit=image.unit or settings.unit), binary
 
-# %% ../nbs/47_labelling.ipynb #2811a73d
+# %% ../nbs/47_labelling.ipynb #8988df09
 def add_case(
     labelling: Labelling,
     name: str,  # names the folder of the case
@@ -206,6 +213,7 @@ def add_case(
     if settings.size_px is not None:
         image, binary = crop_nodule(image, masks, settings.size_px, settings.pad_slices)
         image = image.with_array(image.array, unit=image.unit or settings.unit)
+    scanner = _scanner(image)
     raters = [image.with_array(mask.astype(np.uint8), unit="", meta={}) for mask in binary]
     if settings.spacing_mm is not None:
         image = resample(image, settings.spacing_mm)
@@ -214,7 +222,7 @@ def add_case(
     parts = {"image": image, "trimap": trimap} | {f"rater{i}": mask for i, mask in enumerate(raters, 1)}
     files = {path.name: sha256_of(path) for path in (write(folder / f"{part}.nii.gz", volume) for part, volume in parts.items())}
     _write_record(folder / "case.json", {"made_from": made_from, "files": files, "raters": len(raters), "shape": list(image.shape),
-                                         "spacing_mm": list(image.spacing), "voxels": info.after})  # fmt: skip
+                                         "spacing_mm": list(image.spacing), "voxels": info.after, "scanner": scanner})  # fmt: skip
     return True
 
 # %% ../nbs/47_labelling.ipynb #24cf3855
@@ -328,7 +336,7 @@ def make_candidates(
     columns = list(_row("", "", "", {}))
     return pd.DataFrame(rows, columns=columns).sort_values("case", kind="stable", ignore_index=True)
 
-# %% ../nbs/47_labelling.ipynb #1856a8b4
+# %% ../nbs/47_labelling.ipynb #c3538ef7
 @dataclass(frozen=True, eq=False)
 class LabelledCase:
     "A prepared case with its candidates, all on one grid."
@@ -339,6 +347,7 @@ class LabelledCase:
     raters: tuple[Volume, ...]
     candidates: dict[str, Volume]  # by method, in the order of the settings
     digests: dict[str, str]  # by method: SHA-256 of the file of the candidate
+    scanner: Volume  # the grid of the crop as scanned; no values; meta names the DICOM series, if it is from one
 
 
 def read_case(
@@ -357,4 +366,7 @@ def read_case(
         if _intact(folder, found, _candidate_made_from(labelling, name, method)):
             digests[method] = found["files"][f"{method}.nii.gz"]
     raters = tuple(part(f"rater{i}") for i in range(1, record["raters"] + 1))
-    return LabelledCase(name, part("image"), part("trimap"), raters, {method: part(method) for method in digests}, digests)
+    where = record["scanner"]
+    scanner = Volume(np.broadcast_to(np.uint8(0), where["shape"]), where["spacing"], where["origin"], np.array(where["direction"]),
+                     meta={**where["series"], **({"instances": tuple(where["series"]["instances"])} if where["series"] else {})})
+    return LabelledCase(name, part("image"), part("trimap"), raters, {m: part(m) for m in digests}, digests, scanner)
