@@ -96,7 +96,7 @@ def make_stencil(
     home = np.flatnonzero(number >= 0)[free]  # spans are stored in the order of the voxels
     return Stencil(rank[number].ravel(), home, shifts, entries)
 
-# %% ../nbs/12a_assembled.ipynb #24d8da92
+# %% ../nbs/12a_assembled.ipynb #83574e5e
 def assemble(
     system: WindowSystem,  # windows and constraints
 ):  # (m, m) scipy sparse array over the free voxels, in storage order
@@ -109,8 +109,10 @@ def assemble(
     valid = column >= 0
     ends = np.append(0, np.cumsum(valid.sum(1))).astype(np.int32)
     upper = csr_array((stencil.entries[valid], column[valid], ends), shape=(size, size))
-    stencil.entries[:, 0] = 0  # the diagonal is not mirrored
-    return upper + csr_array((stencil.entries[valid], column[valid], ends), shape=(size, size)).T.tocsr()
+    del stencil, column, valid  # half of the memory, before more is taken
+    lower = upper.T.tocsr()
+    lower.setdiag(0)
+    return upper + lower
 
 # %% ../nbs/12a_assembled.ipynb #34b46a9f
 LEAF = 32  # voxels of a part that is not cut any more
