@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'BATCH', 'TRIMMINGS', 'REACH', 'GREYS', 'NEAR', 'OTHER', 'BINS', 'RIM', 'TRANSPARENT', 'LEAP', 'SHIFT',
-           'STORED', 'SLAB', 'MANY', 'WEIGHTS', 'STRENGTHS', 'REGULARISERS', 'SMOOTH', 'mix', 'mixture_weights',
-           'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local', 'InformationFlow', 'solve']
+           'STRENGTHS', 'FLAT_STRENGTHS', 'STORED', 'SLAB', 'MANY', 'WEIGHTS', 'REGULARISERS', 'SMOOTH', 'mix',
+           'mixture_weights', 'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local',
+           'default_strengths', 'InformationFlow', 'solve']
 
 # %% ../nbs/17_information_flow.ipynb #a630795c
 from dataclasses import replace
@@ -269,7 +270,7 @@ def _renumber(first, last, indices, grid, corner, number, free):
                 indices[i, free[i]] = number[z, y, x]
                 free[i] += 1
 
-# %% ../nbs/17_information_flow.ipynb #c4b15f25
+# %% ../nbs/17_information_flow.ipynb #f7d9d5a1
 LEAP = 0xFFFF  # a step that is not the last one to the next neighbour
 
 
@@ -310,7 +311,16 @@ def _unpack(at, head, count, steps, near):
         near[k] = here
     return at
 
-# %% ../nbs/17_information_flow.ipynb #854bd2a7
+
+def _shorten(indices, free, head) -> np.ndarray:
+    "Sorts the lists in place, fills `head` with the first position of each row, and returns the steps."
+    run_chunks(_sort, -(-free.size // ROWS), indices, free)
+    head[:] = indices[:, 0]
+    steps = np.empty(_pack(indices, free, np.empty(0, np.uint16)), np.uint16)
+    _pack(indices, free, steps)
+    return steps
+
+# %% ../nbs/17_information_flow.ipynb #9d74b1e8
 @kernel
 def _weigh(i, neighbours, count, mean, slope, image, weights):
     "Mixture weights of the free neighbours in row i."
@@ -323,20 +333,21 @@ def _weigh(i, neighbours, count, mean, slope, image, weights):
 
 
 @kernel
-def _spread(first, last, cuts, begin, low, place, home, head, free, steps, count, mean, slope, image, alike, links, unit, strength, stored,
+def _spread(first, last, cuts, begin, low, place, home, lists, head, free, steps, count, mean, slope, image, alike, links, unit, strength, stored,
             anchor, p, parts):
     "Add the product of p with colour mixture, known to unknown and within the unknown to the buffer of each slab of rows."
     positions, weights = np.empty(count, np.uint32), np.empty(count, stored.dtype)
     for slab in range(first, last):
         part, base, at = parts[place[slab]:place[slab + 1]], low[slab], begin[slab]
         for i in range(cuts[slab], cuts[slab + 1]):
-            at = _unpack(at, head[i], free[i], steps, positions)
-            own, near, total = p[home[i]], positions[: free[i]], 0.0
-            if stored.shape[0]:
-                weights = stored[i]
+            if lists.shape[0]:
+                near, weights = lists[i, : free[i]], stored[i]
             else:
+                at = _unpack(at, head[i], free[i], steps, positions)
+                near = positions[: free[i]]
                 _weigh(i, near, count, mean, slope, image, weights)
-            rest = own
+            rest = own = p[home[i]]
+            total = 0.0
             for k in range(near.size):
                 rest -= weights[k] * p[near[k]]
             rest *= strength
@@ -348,7 +359,7 @@ def _spread(first, last, cuts, begin, low, place, home, head, free, steps, count
                 part[alike[i, k] - base] -= flow
             part[home[i] - base] += total + rest + anchor[i] * own
 
-
+# %% ../nbs/17_information_flow.ipynb #7bf0d742
 @kernel
 def _collect(first, last, low, place, scale, penalty, size, p, parts, out, sums):
     "out = scale out + the sum of the slabs, which are emptied, and the penalty behind `size`; sums holds p'out of each chunk."
@@ -366,18 +377,21 @@ def _collect(first, last, low, place, scale, penalty, size, p, parts, out, sums)
         for i in range(begin, stop):
             sums[chunk] += p[i] * out[i]
 
-# %% ../nbs/17_information_flow.ipynb #636517b4
+# %% ../nbs/17_information_flow.ipynb #57e64919
 @kernel
-def _total(home, head, free, steps, count, mean, slope, image, alike, links, unit, strength, stored, anchor, constant, diagonal, right):
-    "Add the diagonal of the three terms, and strength (1 - W)' constant to the right-hand side; keeps the weights if `stored` has room."
+def _total(home, lists, head, free, steps, count, mean, slope, image, alike, links, unit, strength, stored, anchor, constant, diagonal, right):
+    "Add the diagonal of the three terms, and strength (1 - W)' constant to the right-hand side; keeps the weights where the lists are kept."
     positions, weights, at = np.empty(count, np.uint32), np.empty(count, stored.dtype), 0
     for i in range(home.size):
         diagonal[home[i]] += strength + anchor[i]
         right[home[i]] += strength * constant[i]
-        at = _unpack(at, head[i], free[i], steps, positions)
-        near = positions[: free[i]]
+        if lists.shape[0]:
+            near = lists[i, : free[i]]
+        else:
+            at = _unpack(at, head[i], free[i], steps, positions)
+            near = positions[: free[i]]
         _weigh(i, near, count, mean, slope, image, weights)
-        if stored.shape[0]:
+        if lists.shape[0]:
             stored[i] = weights
         for k in range(near.size):
             diagonal[near[k]] += strength * weights[k] * weights[k]
@@ -388,13 +402,17 @@ def _total(home, head, free, steps, count, mean, slope, image, alike, links, uni
 
 
 @kernel
-def _extent(begin, stop, at, home, head, free, steps, count, alike):
+def _extent(begin, stop, at, home, lists, head, free, steps, count, alike):
     "First and last position that some rows touch, and where the steps of the next rows begin."
     positions, low, high = np.empty(count, np.uint32), np.int64(home[begin]), np.int64(home[stop - 1])
     for i in range(begin, stop):
-        at = _unpack(at, head[i], free[i], steps, positions)
-        if free[i]:
-            low, high = min(low, np.int64(head[i])), max(high, np.int64(positions[free[i] - 1]))
+        if lists.shape[0]:
+            near = lists[i, : free[i]]
+        else:
+            at = _unpack(at, head[i], free[i], steps, positions)
+            near = positions[: free[i]]
+        for k in range(near.size):
+            low, high = min(low, np.int64(near[k])), max(high, np.int64(near[k]))
         for k in range(alike.shape[1]):
             low, high = min(low, np.int64(alike[i, k])), max(high, np.int64(alike[i, k]))
     return low, high, at
@@ -413,9 +431,19 @@ def factorise_local(system) -> tuple[np.ndarray, Factor] | None:  # the free sto
     factor = factorise(stencil, tree)
     return None if factor is None else (voxels, factor)
 
-# %% ../nbs/17_information_flow.ipynb #19fdb980
-STORED = 2**23  # mixture weights that are kept, at most
+# %% ../nbs/17_information_flow.ipynb #bef10713
+STRENGTHS = (1.0, 0.2, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
+FLAT_STRENGTHS = (1.0, 0.05, 0.01, 1.0)  # of images of one channel
+STORED = 2**23  # neighbours in all up to which lists and weights of the mixture are kept as they are
 SLAB, MANY = 5_000, 2**20  # rows for which a slab of its own pays; at most 8 slabs whatever the number of threads, 4 for many rows
+
+
+def default_strengths(
+    problem: Problem,  # image and labels
+) -> tuple[float, float, float, float]:  # mixture, known to unknown, within the unknown, local
+    "Strength of each term, where none is given."
+    colour = problem.image.shape[3] > 1
+    return FLAT_STRENGTHS if min(problem.labels.shape) == 1 and not colour else STRENGTHS[colour]
 
 
 class InformationFlow(HostSystem):
@@ -426,7 +454,7 @@ class InformationFlow(HostSystem):
         problem: Problem,  # image, labels, known values
         neighbours: tuple[int, int, int] = (20, 7, 5),  # mixture; each side of known to unknown; within the unknown
         weights: tuple[float, float, float] = (0.03, 0.3, 0.0015),  # spatial weight of each search, 1/mm
-        strengths: tuple[float, float, float, float] = (1.0, 0.05, 0.01, 1.0),  # mixture, known to unknown, unknown, local
+        strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, unknown, local; None: `default_strengths`
         known_to_unknown: bool | str = True,  # whether the second term takes part; "auto": unless the object is transparent
         regulariser: float = 1e-3,  # of the mixture weights
         trimming: str = "none",  # of the second term: "none", "edges", "patches" or "both"
@@ -435,6 +463,7 @@ class InformationFlow(HostSystem):
         precision: str = "double",  # of the arithmetic, "single" or "double"
     ):
         self.region, self.number = make_region(problem.labels), PRECISIONS[precision]
+        strengths = strengths or default_strengths(problem)
         self.strength, self.penalty, self.exact = strengths[0], constraint_weight or 0.0, constraint_weight is None
         self.scale = strengths[3] / self.region.window_size
         self.home = np.flatnonzero(self.region.unknown).astype(np.uint32)
@@ -496,12 +525,15 @@ class InformationFlow(HostSystem):
         "The first term: mean and slope of the weights, what known neighbours contribute, and the lists."
         n, self.count = self.home.size, neighbours
         self.mean, self.slope = np.empty((2, n, problem.image.shape[3]), self.number)
-        self.constant, self.head, self.free = np.zeros(n, self.number), np.empty(n, np.uint32), np.empty(n, np.int16)
-        steps = []
+        self.constant, self.free = np.zeros(n, self.number), np.empty(n, np.int16)
+        kept, steps = n * neighbours <= STORED, [np.empty(0, np.uint16)]
+        self.lists, self.head = np.empty((n if kept else 0, neighbours), np.uint32), np.empty(0 if kept else n, np.uint32)
         for rows, mask in in_parts(unknown):
-            found = nearest(problem, mask, neighbours, weight)
+            found = nearest(problem, mask, neighbours, weight, out=self.lists[rows].view(np.int32) if kept else None)
             self._mix_part(problem, found, regulariser, self.mean[rows], self.slope[rows], self.constant[rows])
-            steps.append(self._shorten(problem, found.indices, self.head[rows], self.free[rows]))
+            self._positions(problem, found.indices, self.free[rows])
+            if not kept:
+                steps.append(_shorten(found.indices, self.free[rows], self.head[rows]))
         self.steps = np.concatenate(steps)
 
     def _mix_part(self, problem, found, regulariser, mean, slope, constant):
@@ -511,15 +543,6 @@ class InformationFlow(HostSystem):
             if self.exact:
                 shares = mixture_weights(values, middle, steep)
                 constant[part] = (shares * problem.known.ravel()[found.indices[part]]).sum(1)
-
-    def _shorten(self, problem, indices, head, free) -> np.ndarray:
-        "Fills `head` and `free` of some rows; returns their steps."
-        self._positions(problem, indices, free)
-        run_chunks(_sort, -(-free.size // ROWS), indices, free)
-        head[:] = indices[:, 0]
-        steps = np.empty(_pack(indices, free, np.empty(0, np.uint16)), np.uint16)
-        _pack(indices, free, steps)
-        return steps
 
     def _add_local(self, problem, eps):
         "The local term, and the image at all places of the vectors."
@@ -536,7 +559,7 @@ class InformationFlow(HostSystem):
         self.cuts = np.linspace(0, self.home.size, slabs + 1).astype(np.int64)
         self.low, self.begin, self.place = np.empty(slabs, np.uint64), *np.zeros((2, slabs + 1), np.int64)
         for slab, (a, b) in enumerate(zip(self.cuts[:-1], self.cuts[1:])):
-            low, high, self.begin[slab + 1] = _extent(a, b, self.begin[slab], self.home, self.head, self.free, self.steps, self.count, self.alike)
+            low, high, self.begin[slab + 1] = _extent(a, b, self.begin[slab], self.home, self.lists, self.head, self.free, self.steps, self.count, self.alike)
             self.low[slab], self.place[slab + 1] = low, self.place[slab] + high + 1 - low
         self.parts = np.zeros(self.place[-1], self.number)
 
@@ -546,14 +569,14 @@ class InformationFlow(HostSystem):
         self.flow, diagonal = np.zeros(n, self.number), np.full(n, self.penalty, self.number)
         diagonal[:size] = np.where(self.local.free, self.number(self.scale) * self.local.diagonal, self.number(1))
         self.flow[self.home] = self.pull
-        self.stored = np.empty((self.home.size if self.home.size * self.count <= STORED else 0, self.count), self.number)
+        self.stored = np.empty(self.lists.shape, self.number)
         _total(*self._terms(), self.anchor, self.constant, diagonal, self.flow)
         del self.constant, self.pull
         self.jacobi = np.divide(1, diagonal, out=diagonal)
 
     def _terms(self):
-        return (self.home, self.head, self.free, self.steps, self.count, self.mean, self.slope, self.image, self.alike, self.links, self.unit,
-                self.number(self.strength), self.stored)
+        return (self.home, self.lists, self.head, self.free, self.steps, self.count, self.mean, self.slope, self.image, self.alike, self.links,
+                self.unit, self.number(self.strength), self.stored)
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -631,9 +654,8 @@ class InformationFlow(HostSystem):
         own = (a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self.local.image)
         return sum(own) + self.local.nbytes + (self.inner[1].values.nbytes if self.inner else 0)
 
-# %% ../nbs/17_information_flow.ipynb #d4914257
+# %% ../nbs/17_information_flow.ipynb #22e16ba0
 WEIGHTS = (0.03, 0.3, 0.0015), (0.1, 0.02, 0.0001)  # spatial weights in 1/mm: one channel, colour
-STRENGTHS = (1.0, 0.05, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
 REGULARISERS = 1e-3, 1e-4  # of the mixture weights
 SMOOTH = 1e-4  # regulariser from which single precision represents the mixture weights well enough
 
@@ -668,7 +690,7 @@ def solve(
     progress: Callable | None = None,  # called with iteration and relative residual
     neighbours: tuple[int, int, int] = (20, 7, 5),  # mixture; each side of known to unknown; within the unknown
     weights: tuple[float, float, float] | None = None,  # spatial weight of each search in 1/mm; None: WEIGHTS for one channel or for colour
-    strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, within the unknown, local; None: STRENGTHS
+    strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, within the unknown, local; None: STRENGTHS, or FLAT_STRENGTHS for images of one channel
     known_to_unknown: bool | str = True,  # whether the second term takes part; "auto": unless the object looks transparent
     trimming: str = "none",  # of the second term: "none", "edges", "patches" or "both"
     regulariser: float | None = None,  # of the mixture weights, in squared units of the scaled image; None: REGULARISERS
@@ -679,7 +701,7 @@ def solve(
     "Information-flow matting (Aksoy, Aydin and Pollefeys 2017)."
     colour = problem.image.shape[3] > 1
     weights = WEIGHTS[colour] if weights is None else weights
-    strengths = STRENGTHS[colour] if strengths is None else strengths
+    strengths = default_strengths(problem) if strengths is None else strengths
     regulariser = REGULARISERS[colour] if regulariser is None else regulariser
     _check_options(neighbours, weights, strengths, known_to_unknown, trimming, regulariser)
     _check_precision(precision, problem.labels.shape)

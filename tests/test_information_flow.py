@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmatting import linear
+from medmatting import information_flow, linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
 from medmatting.information_flow import InformationFlow, bhattacharyya, known_estimate, mix, mixture_weights, solve, transparency, trim
@@ -87,9 +87,16 @@ def problems(draw):
     return make_problem(image, labels, draw(st.sampled_from([(1.0, 1.0, 1.0), (2.5, 0.5, 0.5), (100.0, 1.0, 1.0)])))
 
 
+@pytest.mark.parametrize("stored", [0, information_flow.STORED])  # lists in steps, and as they are
 @settings(max_examples=60, deadline=None)
-@given(problems())
-def test_equals_the_literal_energy(problem):
+@given(problem=problems())
+def test_equals_the_literal_energy(problem, stored):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(information_flow, "STORED", stored)
+        compare_with_the_literal_energy(problem)
+
+
+def compare_with_the_literal_energy(problem):
     fixed, known = problem.labels.ravel() != 128, problem.known.ravel().astype(float)
     if problem.labels.shape[2] > 1:
         dense, right = literal(problem, **OPTIONS)
@@ -123,6 +130,20 @@ def test_soft_form_equals_the_literal_energy(problem, weight):
     exact = np.linalg.solve(dense + weight * np.diag(fixed), right + weight * fixed * known)
     solved = solve(problem, 1e-13, 5000, **OPTIONS, constraint_weight=weight)
     assert abs(solved.alpha.ravel() - exact).max() < 1e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200_000))
+def test_steps_of_two_bytes_give_the_lists_back(seed, reach):
+    random = np.random.default_rng(seed)
+    lists, free = random.integers(0, reach, (50, 6)).astype(np.int32), random.integers(0, 7, 50).astype(np.int16)
+    lists[0] = 0, 65534, 131069, 196605, 262140, 400000  # steps of 65534, 65535, 65536, 65535
+    expected, head = [sorted(row[:count]) for row, count in zip(lists, free)], np.empty(50, np.uint32)
+    steps, near, at = information_flow._shorten(lists, free, head), np.empty(6, np.uint32), 0
+    for first, row in zip(head, expected):
+        at = information_flow._unpack(at, first, len(row), steps, near)
+        assert near[: len(row)].tolist() == row
+    assert at == steps.size
 
 
 def test_soft_form_moves_known_voxels_that_no_window_holds():
