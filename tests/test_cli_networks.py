@@ -216,10 +216,20 @@ def test_geometry_and_hounsfield_units_of_one_slice(weights, tmp_path, capsys):
     assert alpha.spacing == pytest.approx(slice_.spacing) and np.allclose(alpha.origin, slice_.origin) and alpha.unit == ""
     net = load_network(weights / "plain-unet.safetensors")[0]
     np.testing.assert_allclose(alpha.array[0], predict(net, ((hu[0] + 1000) / 1400).clip(0, 1)).alpha, atol=1e-6)
-    mm.write(tmp_path / "ct3.nii.gz", mm.Volume(np.repeat(hu, 3, 0), (2.5, 0.7, 0.7), unit="HU"))
-    capsys.readouterr()
-    assert run("predict", tmp_path / "ct3.nii.gz", *words[2:], "--hu-range", -1000, 400, "--overwrite") == 2
-    assert "a volume of 3 slices" in said(capsys)
+
+
+def test_a_volume_is_answered_slice_by_slice(weights, tmp_path, capsys):
+    hu = np.random.default_rng(0).normal(-700, 200, (3, 20, 24)).astype(np.float32)
+    mm.write(tmp_path / "ct.nii.gz", mm.Volume(hu, (2.5, 0.7, 0.7), (1, 2, 3), unit="HU"))
+    words = ["predict", tmp_path / "ct.nii.gz", "--weights", weights / "region-aware.safetensors", "--hu-range", -1000, 400]
+    assert run(*words, "-o", tmp_path / "a.png") == 2 and "a volume of 3 slices" in said(capsys) and not (tmp_path / "a.png").exists()
+    assert run(*words, "-o", tmp_path / "a.nii.gz", "--uncertainty", tmp_path / "u.nrrd") == 0
+    alpha, entropy, net = mm.read(tmp_path / "a.nii.gz"), mm.read(tmp_path / "u.nrrd"), load_network(weights / "region-aware.safetensors")[0]
+    assert np.allclose(alpha.origin, (1, 2, 3)) and alpha.spacing == pytest.approx((2.5, 0.7, 0.7))
+    for z in range(3):
+        expected = predict(net, ((hu[z] + 1000) / 1400).clip(0, 1))
+        np.testing.assert_allclose(alpha.array[z], expected.alpha, atol=1e-6)
+        np.testing.assert_allclose(entropy.array[z], expected.uncertainty.clip(0, 1), atol=1e-6)
 
 
 def test_a_folder_goes_on_past_a_bad_file_and_resumes(weights, tmp_path, capsys):
