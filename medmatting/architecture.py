@@ -56,7 +56,7 @@ def trace(
             hook.remove()
     return seen
 
-# %% ../nbs/29_architecture.ipynb #466004f2
+# %% ../nbs/29_architecture.ipynb #aebbb963
 @dataclass
 class Diagram:
     "A drawing of a network; positions in inches from the lower left corner."
@@ -155,6 +155,7 @@ class Diagram:
         end: str,  # likewise
         via: float | None = None,  # inches: level of a detour above or below; None: straight
         sides: str = "rl",  # where it leaves and arrives: left, right, top or bottom
+        nudge: tuple[float, float] = (0.0, 0.0),  # inches to the right at its start and at its end, where lines would coincide
         colour: str = "0.3",
         dashed: bool = False,
     ):
@@ -163,6 +164,7 @@ class Diagram:
             refuse("arrow", describe(absent[0]), f"names in the drawing ({', '.join(self.boxes)})", "draw the block first")
         self.arrows.append((start, end))
         points = [_port(self.boxes[name], self.room[name], side) for name, side in zip((start, end), sides)]
+        points = [(x + aside, y) for (x, y), aside in zip(points, nudge)]
         if via is not None:
             (x0, _), (x1, _) = points
             points = [points[0], (x0, via), (x1, via), points[1]]
