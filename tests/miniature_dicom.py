@@ -4,6 +4,7 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy.spatial.transform import Rotation
+from skimage.measure import find_contours
 
 TURN = Rotation.from_euler("xyz", [10, -25, 40], degrees=True).as_matrix()
 
@@ -69,3 +70,76 @@ def enhanced(path):
         delattr(ds, name)
     save(ds, path)
     return stored
+
+
+# ---- LIDC-IDRI: a series with the XML file of its readers
+
+MARKS = ("subtlety", "internalStructure", "calcification", "sphericity", "margin", "lobulation", "spiculation", "texture", "malignancy")
+
+
+def trace(mask):
+    "LIDC outlines (inclusion, points) of a 2D mask: the first pixels outside it, in order; holes become exclusions."
+    padded, found = np.pad(mask, 1), []
+    for line in find_contours(padded.astype(float), 0.5, fully_connected="low"):
+        low, high = np.floor(line).astype(int), np.ceil(line).astype(int)  # between a pixel inside and one outside
+        outside = np.where(padded[tuple(low.T)][:, None], high, low) - 1
+        r, c = line.T
+        found.append((bool(np.sum(r * np.roll(c, -1) - c * np.roll(r, -1)) < 0), outside[(outside != np.roll(outside, 1, axis=0)).any(1)]))
+    return found
+
+
+def roi(instance, z, points, inclusion=True):
+    edges = "".join(f"<edgeMap>\n<xCoord>{x}</xCoord>\n<yCoord>{y}</yCoord>\n</edgeMap>\n" for y, x in points)
+    return (f"<roi>\n<imageZposition>{z:.6f} </imageZposition>\n<imageSOP_UID>{instance}</imageSOP_UID>\n"
+            f"<inclusion>{str(inclusion).upper()}</inclusion>\n{edges}</roi>\n")
+
+
+def nodule_xml(rois, ratings=(5, 1, 6, 3, 4, 2, 2, 5, 4), name="Nodule 001"):
+    marks = "".join(f"<{key}>{value}</{key}>\n" for key, value in zip(MARKS, ratings))
+    return f"<unblindedReadNodule>\n<noduleID>{name}</noduleID>\n<characteristics>\n{marks}</characteristics>\n{''.join(rois)}</unblindedReadNodule>\n"
+
+
+def readings_xml(series, sessions):
+    "The XML file of a series; `sessions` holds the text within each readingSession."
+    head = f"<ResponseHeader>\n<Version>1.8.1</Version>\n<SeriesInstanceUid>{series}</SeriesInstanceUid>\n</ResponseHeader>\n"
+    body = "".join(f"<readingSession>\n<annotationVersion>3.12</annotationVersion>\n<servicingRadiologistID>anonymous</servicingRadiologistID>\n"
+                   f"{session}</readingSession>\n" for session in sessions)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<LidcReadMessage uid="1.3" xmlns="http://www.nih.gov">\n{head}{body}</LidcReadMessage>\n'
+
+
+class Archived:
+    "A series in an archive: its folder, its slices and what its readers drew, to be spoilt by a test before it is written."
+
+    def __init__(self, root, nodules, spacing=(2.0, 0.75), margin=10, patient="LIDC-IDRI-0001", seed=0):
+        "`nodules`: one array (R, D, H, W) for each nodule, all of one shape; put into a CT with a margin of pixels and 5 slices."
+        rng = np.random.default_rng(seed)
+        masks = [np.pad(m, ((0, 0), (5, 5), (margin, margin), (margin, margin))) for m in nodules]
+        self.masks, self.spacing = masks, (spacing[0], spacing[1], spacing[1])
+        self.ct = rng.integers(-900, 100, masks[0].shape[1:])
+        self.study, self.series = f"1.2.{rng.integers(10**9)}", f"1.2.{rng.integers(10**9)}"
+        self.folder = root / patient / self.study / self.series
+        self.datasets = []
+        for k, plane in enumerate(self.ct):
+            ds = dataset(plane + 1024, (-50, -60, -100 + k * spacing[0]), uid=self.series, number=k + 1, PatientID=patient, PatientName=patient)
+            ds.PixelSpacing, ds.SliceThickness = [f"{v:.6f}" for v in self.spacing[1:]], f"{spacing[0]:.4f}"
+            self.datasets.append(ds)
+        sessions = max(len(m) for m in masks)
+        self.rois = [[self.outlines(m[r]) for m in masks if r < len(m)] for r in range(sessions)]
+
+    def outlines(self, mask):
+        return [roi(self.datasets[k].SOPInstanceUID, self.z(k), points, inclusion)
+                for k, plane in enumerate(mask) for inclusion, points in trace(plane)]
+
+    def z(self, k):
+        return float(self.datasets[k].ImagePositionPatient[2])
+
+    def xml(self):
+        return readings_xml(self.series, ["".join(nodule_xml(rois, name=f"Nodule {n}") for n, rois in enumerate(one)) for one in self.rois])
+
+    def write(self, without=(), xml=True):
+        for k, ds in enumerate(self.datasets):
+            if k not in without:
+                save(ds, self.folder / f"1-{k + 1:03d}.dcm")
+        if xml:
+            (self.folder / "069.xml").write_text(self.xml(), encoding="utf-8")
+        return self
