@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'BATCH', 'TRIMMINGS', 'REACH', 'GREYS', 'NEAR', 'OTHER', 'BINS', 'RIM', 'TRANSPARENT', 'LEAP', 'SHIFT',
-           'STRENGTHS', 'FLAT_STRENGTHS', 'STORED', 'SLAB', 'MANY', 'WEIGHTS', 'REGULARISERS', 'SMOOTH', 'mix',
-           'mixture_weights', 'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local',
-           'default_strengths', 'InformationFlow', 'solve']
+           'STORED', 'SLAB', 'MANY', 'WEIGHTS', 'STRENGTHS', 'REGULARISERS', 'SMOOTH', 'mix', 'mixture_weights',
+           'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local', 'InformationFlow', 'solve']
 
 # %% ../nbs/17_information_flow.ipynb #a630795c
 from dataclasses import replace
@@ -431,19 +430,9 @@ def factorise_local(system) -> tuple[np.ndarray, Factor] | None:  # the free sto
     factor = factorise(stencil, tree)
     return None if factor is None else (voxels, factor)
 
-# %% ../nbs/17_information_flow.ipynb #bef10713
-STRENGTHS = (1.0, 0.2, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
-FLAT_STRENGTHS = (1.0, 0.05, 0.01, 1.0)  # of images of one channel
+# %% ../nbs/17_information_flow.ipynb #c016e9ee
 STORED = 2**23  # neighbours in all up to which lists and weights of the mixture are kept as they are
 SLAB, MANY = 5_000, 2**20  # rows for which a slab of its own pays; at most 8 slabs whatever the number of threads, 4 for many rows
-
-
-def default_strengths(
-    problem: Problem,  # image and labels
-) -> tuple[float, float, float, float]:  # mixture, known to unknown, within the unknown, local
-    "Strength of each term, where none is given."
-    colour = problem.image.shape[3] > 1
-    return FLAT_STRENGTHS if min(problem.labels.shape) == 1 and not colour else STRENGTHS[colour]
 
 
 class InformationFlow(HostSystem):
@@ -454,7 +443,7 @@ class InformationFlow(HostSystem):
         problem: Problem,  # image, labels, known values
         neighbours: tuple[int, int, int] = (20, 7, 5),  # mixture; each side of known to unknown; within the unknown
         weights: tuple[float, float, float] = (0.03, 0.3, 0.0015),  # spatial weight of each search, 1/mm
-        strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, unknown, local; None: `default_strengths`
+        strengths: tuple[float, float, float, float] = (1.0, 0.05, 0.01, 1.0),  # mixture, known to unknown, unknown, local
         known_to_unknown: bool | str = True,  # whether the second term takes part; "auto": unless the object is transparent
         regulariser: float = 1e-3,  # of the mixture weights
         trimming: str = "none",  # of the second term: "none", "edges", "patches" or "both"
@@ -463,7 +452,6 @@ class InformationFlow(HostSystem):
         precision: str = "double",  # of the arithmetic, "single" or "double"
     ):
         self.region, self.number = make_region(problem.labels), PRECISIONS[precision]
-        strengths = strengths or default_strengths(problem)
         self.strength, self.penalty, self.exact = strengths[0], constraint_weight or 0.0, constraint_weight is None
         self.scale = strengths[3] / self.region.window_size
         self.home = np.flatnonzero(self.region.unknown).astype(np.uint32)
@@ -654,8 +642,9 @@ class InformationFlow(HostSystem):
         own = (a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self.local.image)
         return sum(own) + self.local.nbytes + (self.inner[1].values.nbytes if self.inner else 0)
 
-# %% ../nbs/17_information_flow.ipynb #22e16ba0
+# %% ../nbs/17_information_flow.ipynb #d4914257
 WEIGHTS = (0.03, 0.3, 0.0015), (0.1, 0.02, 0.0001)  # spatial weights in 1/mm: one channel, colour
+STRENGTHS = (1.0, 0.05, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
 REGULARISERS = 1e-3, 1e-4  # of the mixture weights
 SMOOTH = 1e-4  # regulariser from which single precision represents the mixture weights well enough
 
@@ -690,7 +679,7 @@ def solve(
     progress: Callable | None = None,  # called with iteration and relative residual
     neighbours: tuple[int, int, int] = (20, 7, 5),  # mixture; each side of known to unknown; within the unknown
     weights: tuple[float, float, float] | None = None,  # spatial weight of each search in 1/mm; None: WEIGHTS for one channel or for colour
-    strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, within the unknown, local; None: STRENGTHS, or FLAT_STRENGTHS for images of one channel
+    strengths: tuple[float, float, float, float] | None = None,  # mixture, known to unknown, within the unknown, local; None: STRENGTHS
     known_to_unknown: bool | str = True,  # whether the second term takes part; "auto": unless the object looks transparent
     trimming: str = "none",  # of the second term: "none", "edges", "patches" or "both"
     regulariser: float | None = None,  # of the mixture weights, in squared units of the scaled image; None: REGULARISERS
@@ -701,7 +690,7 @@ def solve(
     "Information-flow matting (Aksoy, Aydin and Pollefeys 2017)."
     colour = problem.image.shape[3] > 1
     weights = WEIGHTS[colour] if weights is None else weights
-    strengths = default_strengths(problem) if strengths is None else strengths
+    strengths = STRENGTHS[colour] if strengths is None else strengths
     regulariser = REGULARISERS[colour] if regulariser is None else regulariser
     _check_options(neighbours, weights, strengths, known_to_unknown, trimming, regulariser)
     _check_precision(precision, problem.labels.shape)
