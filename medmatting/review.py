@@ -7,10 +7,10 @@ __all__ = ['MARGIN_MM', 'LEAST_MM', 'TILE', 'KEYS_JS', 'MOUSE_JS', 'ATTACH_JS', 
            'ACTIONS', 'ReviewSession', 'choose_number', 'undo_last', 'chosen_number', 'alike_numbers', 'View',
            'first_view', 'frame', 'plane_axes', 'cut', 'voxel_at', 'place_of', 'grey', 'alpha_levels',
            'overlay_colours', 'over', 'rgb', 'draw_outlines', 'draw_cross', 'side_letters', 'draw_scale', 'png',
-           'reference_tile', 'candidate_tile', 'caption', 'reference_caption', 'legend', 'progress_line',
-           'agreement_lines', 'Tiles', 'Controls', 'limits', 'Verdict', 'ReviewPage', 'press_number', 'discard_case',
-           'take_back', 'write_note', 'go_to', 'change_view', 'ask_reason', 'stop_asking', 'go_to_open', 'handle',
-           'drag_window', 'review', 'open_existing', 'write_page', 'server_command', 'serve']
+           'reference_picture', 'candidate_picture', 'caption', 'reference_caption', 'legend', 'progress_line',
+           'agreement_lines', 'Tiles', 'Controls', 'limits', 'Judgement', 'told_error', 'ReviewPage', 'press_number',
+           'discard_case', 'take_back', 'write_note', 'go_to', 'change_view', 'ask_reason', 'stop_asking', 'go_to_open',
+           'handle', 'drag_window', 'review', 'open_existing', 'write_page', 'server_command', 'serve']
 
 # %% ../nbs/48_review.ipynb #d0c2c2dd
 import html
@@ -268,7 +268,7 @@ def draw_scale(picture: np.ndarray, case: LabelledCase, view: View) -> np.ndarra
     pen.text((8, end - 12), "10 mm", (255, 255, 255), font, "ld", stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(image)
 
-# %% ../nbs/48_review.ipynb #e5da2bdd
+# %% ../nbs/48_review.ipynb #868064af
 def png(picture: np.ndarray) -> bytes:
     "A picture as PNG; speed counts more than size."
     from PIL import Image
@@ -278,23 +278,23 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def reference_tile(
+def reference_picture(
     case: LabelledCase,
     view: View,
-) -> bytes:  # PNG
+) -> np.ndarray:  # (TILE, TILE, 3) uint8
     "The image with the raters' outlines, sides and scale."
     picture = np.repeat(grey(case, view)[..., None], 3, axis=-1)
     if view.outlines:
         draw_outlines(picture, case, view)
     draw_cross(picture, case, view)
-    return png(draw_scale(picture, case, view))
+    return draw_scale(picture, case, view)
 
 
-def candidate_tile(
+def candidate_picture(
     case: LabelledCase,
     view: View,
     method: str,
-) -> bytes:  # PNG
+) -> np.ndarray:  # (TILE, TILE, 3) uint8
     "A candidate over the image, the matte alone, or the image alone."
     if view.mode == "matte":
         picture = np.repeat(alpha_levels(case, view, method)[..., None], 3, axis=-1)
@@ -302,7 +302,7 @@ def candidate_tile(
         image = grey(case, view)
         picture = over(image, alpha_levels(case, view, method)) if view.mode == "overlay" else np.repeat(image[..., None], 3, axis=-1)
     draw_cross(picture, case, view)
-    return png(picture)
+    return picture
 
 # %% ../nbs/48_review.ipynb #e309690d
 KEYS_JS = """
@@ -409,7 +409,7 @@ def _listener():
 
     return Listener
 
-# %% ../nbs/48_review.ipynb #37c91ebb
+# %% ../nbs/48_review.ipynb #7396f34f
 CSS = """<style>
 .mm-review { background: #101214; color: #e8e8e8; padding: 8px 10px; border-radius: 6px; outline: 2px solid transparent;
   font: 14px/1.35 system-ui, "Segoe UI", "Noto Sans", Arial, sans-serif; --jp-widgets-color: #e8e8e8; --jp-widgets-label-color: #cfd3d8;
@@ -436,7 +436,8 @@ CSS = """<style>
 .mm-picture { width: 100%; height: auto; aspect-ratio: 1; display: block; margin: 0; object-fit: fill; cursor: crosshair; touch-action: none; }
 .mm-card .mm-row > .widget-html:first-child { margin-left: 6px; }
 .mm-said { position: relative; flex: 1 1 200px; min-width: 0; }
-.mm-ask { position: absolute; z-index: 5; left: -8px; top: -14px; padding: 6px 12px; border: 1px solid #ffb454; border-radius: 5px; background: #2b2010; color: #ffd9a0; width: max-content; max-width: 560px; }
+.mm-ask { position: absolute; z-index: 5; left: -8px; top: -14px; padding: 6px 12px; border: 1px solid #ffb454; border-radius: 5px;
+  background: #2b2010; color: #ffd9a0; width: max-content; max-width: 560px; }
 .mm-quiet { color: #a9b1ba; }
 .mm-good { color: #3ddc84; font-weight: 600; }
 .mm-bad { color: #ffb454; font-weight: 600; }
@@ -498,7 +499,7 @@ KEY_HELP = " &nbsp; ".join(f"<kbd>{key}</kbd> {what}" for key, what in {
     "X": "plane", "O": "overlay, matte, image", "Z": "zoom", "W": "window", "[ ]": "raters' outlines off, on",
     "click": "cursor", "right button": "drag window"}.items())  # fmt: skip
 
-# %% ../nbs/48_review.ipynb #b3c31ca7
+# %% ../nbs/48_review.ipynb #c722716d
 class Tiles:
     "The pictures, with a button for each candidate."
 
@@ -539,9 +540,9 @@ class Tiles:
         if len(self.cards) != 2 + len(session.order):
             self.build(len(session.order))
         for (_, said, picture), axis in zip(self.cards, self.axes(view)):
-            said.value, picture.value = reference_caption(session.case, view, axis), reference_tile(session.case, replace(view, axis=axis))
+            said.value, picture.value = reference_caption(session.case, view, axis), png(reference_picture(session.case, replace(view, axis=axis)))
         for number, (method, (card, said, picture)) in enumerate(zip(session.order, self.cards[2:]), 1):
-            said.value, picture.value = caption(session, view, number), candidate_tile(session.case, view, method)
+            said.value, picture.value = caption(session, view, number), png(candidate_picture(session.case, view, method))
             (card.add_class if chosen_number(session) == number else card.remove_class)("mm-chosen")
 
 # %% ../nbs/48_review.ipynb #c00b0eca
@@ -590,8 +591,8 @@ def limits(window: Window) -> tuple[float, float]:
     "Values shown as black and white."
     return window.centre - window.width / 2, window.centre + window.width / 2
 
-# %% ../nbs/48_review.ipynb #1e722ae5
-class Verdict:
+# %% ../nbs/48_review.ipynb #b9b4e763
+class Judgement:
     "Discard, undo, note, and the line that says what was saved."
 
     def __init__(self, discard, undo, note, go):
@@ -631,7 +632,13 @@ class Verdict:
         "Tell the reviewer something."
         self.said.value = f"<span class='mm-{kind}' role='status'>{text}</span>"
 
-# %% ../nbs/48_review.ipynb #3a5daa01
+# %% ../nbs/48_review.ipynb #66ff1fda
+def told_error(error: Exception) -> str:
+    "An error as text for the page: refusals and failed writes as they are, anything else with its type."
+    expected = isinstance(error, (InputError, OSError))
+    return html.escape(str(error) if expected else f"{type(error).__name__}: {error}")
+
+# %% ../nbs/48_review.ipynb #fff68d6c
 KEPT = ("window", "axis", "mode", "outlines", "zoomed")  # of the view, from case to case
 
 
@@ -641,10 +648,10 @@ class ReviewPage:
     def __init__(self, session: ReviewSession):
         self.session, self.view, self.discarding, self.shown, self.dragged = session, None, False, 0.0, (None, None)
         self.tiles, self.controls = Tiles(self.told(press_number)), Controls(self.told(change_view))
-        self.verdict = Verdict(*map(self.told, (discard_case, take_back, write_note, go_to)))
+        self.judgement = Judgement(*map(self.told, (discard_case, take_back, write_note, go_to)))
         self.listener = _listener()()
         self.listener.on_msg(lambda _, message, __: self.hear(message))
-        parts = [widgets.HTML(CSS), self.listener, self.verdict.head, self.controls.widget, self.tiles.widget, self.verdict.widget]
+        parts = [widgets.HTML(CSS), self.listener, self.judgement.head, self.controls.widget, self.tiles.widget, self.judgement.widget]
         self.widget = widgets.VBox(parts).add_class("mm-review")
         self.open(session.case.name)
 
@@ -653,10 +660,10 @@ class ReviewPage:
         def attempt(*arguments, **fields):
             try:
                 act(self, *arguments, **fields)
-            except (InputError, OSError) as error:
-                self.verdict.say(html.escape(str(error)), "bad")
+            except Exception as error:  # whatever it is, it would otherwise end in a log that nobody reads
+                self.judgement.say(told_error(error), "bad")
             if self.session.log.messages:
-                self.verdict.say(html.escape(self.session.log.messages.pop()), "bad")
+                self.judgement.say(html.escape(self.session.log.messages.pop()), "bad")
 
         return attempt
 
@@ -673,7 +680,7 @@ class ReviewPage:
         fresh = first_view(self.session.case)
         self.view = replace(fresh, **{field: getattr(self.view, field) for field in KEPT}) if self.view else fresh
         self.discarding = False
-        self.verdict.show(self.session)
+        self.judgement.show(self.session)
         self.draw()
         self.shown = time.monotonic()
 
@@ -682,7 +689,7 @@ class ReviewPage:
         self.controls.show(self.session.case, self.view)
         self.tiles.draw(self.session, self.view)
 
-# %% ../nbs/48_review.ipynb #20394004
+# %% ../nbs/48_review.ipynb #11e3da5c
 LOOK_S = 0.3  # seconds
 
 
@@ -697,7 +704,7 @@ def _decided(page: ReviewPage, said: str):
     clock = time.strftime("%H:%M:%S")
     following = page.session.next_open()
     page.open(following or page.session.case.name)
-    page.verdict.say(f"{said}, saved {clock}" + ("" if following else ". All cases are decided."))
+    page.judgement.say(f"{said}, saved {clock}" + ("" if following else ". All cases are decided."))
 
 
 def press_number(page: ReviewPage, number: int):
@@ -724,22 +731,22 @@ def take_back(page: ReviewPage):
     "Undo, and show the case that is open again."
     taken = undo_last(page.session)
     page.open(taken["case"])
-    page.verdict.say(f"Taken back: {html.escape(taken['case'])}, {taken['action']}")
+    page.judgement.say(f"Taken back: {html.escape(taken['case'])}, {taken['action']}")
 
-# %% ../nbs/48_review.ipynb #68b1edbc
+# %% ../nbs/48_review.ipynb #f13b6cd6
 def write_note(page: ReviewPage, text: str):
     "Save the note on the case."
     session = page.session
     decisions.note(session.log, session.reviewer, session.case.name, text)
     session.refresh()
-    page.verdict.say("Note saved")
+    page.judgement.say("Note saved")
 
 
 def go_to(page: ReviewPage, where: str | int):
     "Open a case by its name, or so many places further."
     page.session.refresh()
     page.open(page.session.step(where) if isinstance(where, int) else where)
-    page.verdict.say("")
+    page.judgement.say("")
 
 
 def change_view(page: ReviewPage, slice: int | None = None, **fields):
@@ -751,18 +758,18 @@ def change_view(page: ReviewPage, slice: int | None = None, **fields):
     page.view = replace(page.view, **fields)
     page.draw()
 
-# %% ../nbs/48_review.ipynb #047aa536
+# %% ../nbs/48_review.ipynb #8e053f75
 def ask_reason(page: ReviewPage):
     "Show the reasons to discard, each with its key."
     page.discarding = True
     reasons = " &nbsp; ".join(f"<kbd>{i}</kbd> {reason}" for i, reason in enumerate(decisions.REASONS, 1))
-    page.verdict.say(f"Discard because: {reasons} &nbsp; <kbd>Esc</kbd> keep", "ask")
+    page.judgement.say(f"Discard because: {reasons} &nbsp; <kbd>Esc</kbd> keep", "ask")
 
 
 def stop_asking(page: ReviewPage):
     "Go on without discarding."
     page.discarding = False
-    page.verdict.say("")
+    page.judgement.say("")
 
 
 def go_to_open(page: ReviewPage):
@@ -817,7 +824,7 @@ def drag_window(page: ReviewPage, message: dict):
     centre = (low + high) / 2 - (high - low) * message["down"]
     change_view(page, window=(centre - width / 2, centre + width / 2))
 
-# %% ../nbs/48_review.ipynb #722ee971
+# %% ../nbs/48_review.ipynb #37dbc7f8
 def review(
     labelling: Labelling | str | Path,  # or its folder
     reviewer: str | None = None,  # under whose name decisions are kept; None: the page asks
@@ -830,17 +837,20 @@ def review(
         return ReviewPage(ReviewSession(labelling, reviewer, blind, seed)).widget
     name = widgets.Text(placeholder="your name or initials", continuous_update=False)
     start, said, box = widgets.Button(description="Begin"), widgets.HTML(), widgets.VBox()
+    about = widgets.HTML(f"{CSS}Review of {len(labelling.cases())} cases. Your decisions are kept under your name.")
+    asking = widgets.VBox([about, widgets.HBox([name, start]), said]).add_class("mm-review")
 
     def begin(_):
+        if asking not in box.children:
+            return  # leaving the field began already, and the button was pressed on the way
         try:
             box.children = [review(labelling, name.value, blind, seed)]
-        except (InputError, OSError) as error:
-            said.value = f"<span class='mm-bad'>{html.escape(str(error))}</span>"
+        except Exception as error:  # as above
+            said.value = f"<span class='mm-bad'>{told_error(error)}</span>"
 
     start.on_click(begin)
-    name.on_submit(begin)
-    about = widgets.HTML(f"{CSS}Review of {len(labelling.cases())} cases. Your decisions are kept under your name.")
-    box.children = [widgets.VBox([about, widgets.HBox([name, start]), said]).add_class("mm-review")]
+    name.observe(begin, "value")
+    box.children = [asking]
     return box
 
 

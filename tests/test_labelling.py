@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import miniature_dicom
@@ -15,35 +15,12 @@ from medmatting import InputError, Volume, WriteError, matte, read, trimap_from_
 from medmatting import decisions as d
 from medmatting import labelled_set as ls
 from medmatting import labelling as lb
-
-SMALL = lb.LabellingSettings(methods=("cf", "cf+", "lb"), size_px=None, spacing_mm=None, dilate_mm=1.0)
-
-
-def ball(shape=(11, 20, 20), radius=4.0, centre=None, spacing=(1.0, 1.0, 1.0)):
-    "A bool ball."
-    grid = np.indices(shape, float)
-    centre = np.subtract(shape, 1) / 2 if centre is None else centre
-    return sum(((g - c) * s) ** 2 for g, c, s in zip(grid, centre, spacing)) <= radius**2
-
-
-def nodule(seed=0, hu=30.0, noise=10.0):
-    "A soft ball in lung and four masks of it."
-    rng = np.random.default_rng(seed)
-    shape = (11, 20, 20)
-    masks = [ball(shape, radius) for radius in (3.2, 3.6, 4.0, 4.4)]
-    alpha = np.clip((5 - np.sqrt(sum((g - c) ** 2 for g, c in zip(np.indices(shape, float), np.subtract(shape, 1) / 2)))) / 2, 0, 1)
-    ct = -850 + (hu + 850) * alpha + rng.normal(0, noise, shape)
-    return Volume(ct.astype(np.float32), (1.0, 1.0, 1.0), unit="HU"), masks
-
+from miniature_labelling import SMALL, ball, nodule, write_labelling
 
 @pytest.fixture
 def labelling(tmp_path):
     "Two cases with three candidates each."
-    made = lb.open_labelling(tmp_path / "labelling", SMALL)
-    for i in range(2):
-        lb.add_case(made, f"case-{i}", *nodule(i))
-    lb.make_candidates(made, progress=False)
-    return made
+    return write_labelling(tmp_path / "labelling")
 
 
 def statuses(labelling, *arguments, **options):
@@ -234,18 +211,19 @@ def _decide(path, who, count):
 def test_two_reviewers_at_once_lose_no_line(tmp_path):
     context = multiprocessing.get_context("spawn")
     path = tmp_path / "decisions.jsonl"
-    both = [context.Process(target=_decide, args=(path, who, 60)) for who in ("Ada", "Bob")]
+    both = [context.Process(target=_decide, args=(path, who, 40)) for who in ("Ada", "Bob")]
     for process in both:
         process.start()
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     found = d.DecisionLog(path).read()
-    assert [x["number"] for x in found] == list(range(1, 121)) and not list(tmp_path.glob("*incomplete*"))
+    assert [x["number"] for x in found] == list(range(1, 81)) and not list(tmp_path.glob("*incomplete*"))
     for who in ("Ada", "Bob"):
-        assert [x["case"] for x in found if x["reviewer"] == who] == [str(i) for i in range(60)]
+        assert [x["case"] for x in found if x["reviewer"] == who] == [str(i) for i in range(40)]
 
 
+@settings(max_examples=30)
 @given(cut=st.integers(1, 10**6))
 def test_any_cut_of_the_last_line_is_set_aside_with_a_message(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("log") / "decisions.jsonl"
@@ -303,7 +281,8 @@ def test_blind_order_depends_on_seed_and_case_alone():
     assert d.blind_order(methods, "case-1", 5) == d.blind_order(methods, "case-1", 5) and sorted(d.blind_order(methods, "x")) == sorted(methods)
     assert len({d.blind_order(methods, f"case-{i}") for i in range(20)}) > 15
     assert d.blind_order(methods, "case-1", 5) != d.blind_order(methods, "case-1", 6)
-    assert d.blind_order(methods, "case-1") == ("PINNED",) or len(d.blind_order(methods, "case-1")) == 8
+    # The same on every machine and with every release, or a review that goes on would change its order.
+    assert d.blind_order(methods, "case-1") == ("cf", "knn", "if", "cf+", "lb+", "knn+", "if+", "lb")
 
 
 def decided(who, case, what, alike=None):
@@ -457,7 +436,7 @@ def test_a_case_from_a_dicom_series_becomes_a_segmentation_of_it(tmp_path):
     core = mask.copy()
     core[:, 1] = False
     lb.add_case(made, "series", ct, [mask, mask, core, mask])
-    lb.add_case(made, "nifti", *nodule())
+    lb.add_case(made, "nifti", ct.with_array(ct.array, meta={}), [mask, mask, core, mask])
     table = lb.make_candidates(made, progress=False)
     assert set(table.status) == {"computed"}, table.reason.tolist()
     log = d.open_decisions(made)
