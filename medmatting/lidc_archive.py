@@ -383,13 +383,13 @@ def _whole(record: dict, output: Path) -> bool:
     return all((path := output / "cases" / case / name).is_file() and sha256_of(path) == digest
                for case, names in record["files"].items() for name, digest in names.items())
 
-# %% ../nbs/41a_lidc_archive.ipynb #66943fbc
-def _series_folders(folder: Path) -> dict[str, Path]:
-    "Folder of each series, by the first DICOM file of every folder."
+# %% ../nbs/41a_lidc_archive.ipynb #873fb4d3
+def _series_folders(folder: Path) -> tuple[dict[str, Path], list[OSError]]:
+    "Folder of each CT series, by the first CT slice in it, and the folders that could not be opened."
     import pydicom
 
-    found = {}
-    for place, _, names in sorted(os.walk(folder, followlinks=False)):
+    found, locked = {}, []
+    for place, _, names in sorted(os.walk(folder, onerror=locked.append, followlinks=False)):
         for name in sorted(names):
             try:
                 header = pydicom.dcmread(Path(place, name), stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "Modality"])
@@ -398,9 +398,9 @@ def _series_folders(folder: Path) -> dict[str, Path]:
             if header.get("SeriesInstanceUID") and header.get("Modality") == "CT":
                 found.setdefault(str(header.SeriesInstanceUID), Path(place))
                 break
-    return found
+    return found, locked
 
-# %% ../nbs/41a_lidc_archive.ipynb #b0cfa3c9
+# %% ../nbs/41a_lidc_archive.ipynb #8e17bd1e
 @dataclass(frozen=True, eq=False)
 class _Job:
     "An XML file, and what became of looking for its series."
@@ -414,7 +414,8 @@ class _Job:
 def _jobs(root: Path, folders: dict[str, Path]) -> list[_Job]:
     "One job for each XML file of CT readings."
     jobs = []
-    for xml in sorted(path for path in root.rglob("*") if path.suffix.lower() == ".xml" and path.is_file()):
+    inside = lambda path: path.is_file() and path.resolve().is_relative_to(root.resolve())
+    for xml in sorted(path for path in root.rglob("*") if path.suffix.lower() == ".xml" and inside(path)):
         try:
             root_element = _parse(xml)
             if root_element.tag.endswith("IdriReadMessage"):
@@ -468,7 +469,7 @@ def _one(job: _Job, output: Path, settings: ArchiveSettings) -> tuple[dict, bool
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record, False
 
-# %% ../nbs/41a_lidc_archive.ipynb #e3870081
+# %% ../nbs/41a_lidc_archive.ipynb #fc05b1fa
 def convert_archive(
     folder: str | Path,  # of the archive: DICOM series and XML files, at any depth
     output: str | Path,  # takes cases/, records/, nodules.csv and series.csv; is continued if it is there
@@ -481,7 +482,8 @@ def convert_archive(
     root, output = Path(folder).expanduser(), Path(output).expanduser()
     if not root.is_dir() or output.resolve().is_relative_to(root.resolve()):
         refuse("folder", f"{root} with output in {output}", "the folder of the archive, and an output outside it", "check both paths")
-    jobs = _jobs(root, folders := _series_folders(root))
+    folders, locked = _series_folders(root)
+    jobs = _jobs(root, folders)
     if not jobs:
         refuse("folder", f"{root} with {len(folders)} CT series and no XML file of CT readings", "LIDC-IDRI with its annotations",
                "put LIDC-XML-only, the annotations of the archive, into the same folder")
@@ -498,14 +500,15 @@ def convert_archive(
         except (InputError, OSError, MemoryError) as error:
             line |= {"status": "refused", "reason": " ".join(str(error).split()) or type(error).__name__}
         series.append(line)
-    return _tables(rows, series + _unread(folders, series, root), before, output)
+    return _tables(rows, series + _unread(folders, locked, series, root), before, output)
 
-# %% ../nbs/41a_lidc_archive.ipynb #92446984
-def _unread(folders: dict[str, Path], series: list[dict], root: Path) -> list[dict]:
-    "CT series that no XML file names."
+# %% ../nbs/41a_lidc_archive.ipynb #06ed2859
+def _unread(folders: dict[str, Path], locked: list[OSError], series: list[dict], root: Path) -> list[dict]:
+    "CT series that no XML file names, and folders that could not be opened."
     named = {line["series"] for line in series}
-    return [{"xml": "", "series": uid, "status": "refused", "reason": f"no XML file for the series in {place.relative_to(root).as_posix()}"}
-            for uid, place in folders.items() if uid not in named]
+    reasons = [(uid, f"no XML file for the series in {place.relative_to(root).as_posix()}") for uid, place in folders.items() if uid not in named]
+    reasons += [("", f"{error.filename} cannot be opened ({error.strerror})") for error in locked]
+    return [{"xml": "", "series": uid, "status": "refused", "reason": reason} for uid, reason in reasons]
 
 
 def _tables(rows: list[dict], series: list[dict], before: int, output: Path) -> Conversion:

@@ -6,7 +6,9 @@
 __all__ = ['LEVELS', 'SEGMENTS', 'REMEMBERED', 'check_segment', 'check_source', 'write_segmentation', 'is_segmentation',
            'read_segmentation']
 
-# %% ../nbs/02a_segmentation.ipynb #4b96d77e
+# %% ../nbs/02a_segmentation.ipynb #ce132a86
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +124,7 @@ def write_segmentation(
         dataset.save_as(temporary)
     return Path(path)
 
-# %% ../nbs/02a_segmentation.ipynb #b37d097c
+# %% ../nbs/02a_segmentation.ipynb #5d45c671
 def _dataset(levels: np.ndarray, slices: list[Slice], distance: float, headers: list, description):
     "The DICOM object of the stored frames."
     from highdicom import UID, PlanePositionSequence
@@ -131,15 +133,29 @@ def _dataset(levels: np.ndarray, slices: list[Slice], distance: float, headers: 
 
     from medmatting import __version__
 
-    dataset = Segmentation(
-        headers, levels / np.float32(LEVELS), "FRACTIONAL", [description], fractional_type="OCCUPANCY", max_fractional_value=LEVELS,
-        plane_positions=[PlanePositionSequence("PATIENT", s.position.tolist()) for s in slices], omit_empty_frames=False,
-        series_instance_uid=UID(), sop_instance_uid=UID(), series_number=(headers[0].get("SeriesNumber") or 0) + 1000, instance_number=1,
-        manufacturer="medmatting", manufacturer_model_name="medmatting", software_versions=__version__, device_serial_number="none",
-        content_label="ALPHA_MATTE", content_description="share of each voxel that the segment occupies", series_description="alpha matte")
-    # Scanners fill this in differently, some with the gap between slices; here it is what the positions say.
-    dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = DS(distance, auto_format=True)
+    made_by = dict(manufacturer="medmatting", manufacturer_model_name="medmatting", software_versions=__version__, device_serial_number="none")
+    with _building():
+        dataset = Segmentation(
+            headers, levels / np.float32(LEVELS), "FRACTIONAL", [description], fractional_type="OCCUPANCY", max_fractional_value=LEVELS,
+            plane_positions=[PlanePositionSequence("PATIENT", s.position.tolist()) for s in slices], omit_empty_frames=False,
+            series_instance_uid=UID(), sop_instance_uid=UID(), series_number=(headers[0].get("SeriesNumber") or 0) + 1000, instance_number=1,
+            content_label="ALPHA_MATTE", content_description="share of each voxel that the segment occupies",
+            series_description="alpha matte", **made_by)
+        # Scanners fill this in differently, some with the gap between slices; here it is what the positions say.
+        dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = DS(distance, auto_format=True)
     return dataset
+
+
+@contextmanager
+def _building():
+    "Turn what highdicom says of a header into a refusal; its warnings, which may name the patient, are not shown."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        refuse("like", f"a series whose headers break a rule of DICOM ({' '.join(str(error).split())[:160]})", "headers as the scanner wrote them",
+               "export the original series again")
 
 # %% ../nbs/02a_segmentation.ipynb #2d8c96d2
 def is_segmentation(

@@ -393,6 +393,24 @@ def test_a_full_disk_is_listed_and_made_good_by_the_next_run(tmp_path, monkeypat
     assert again.before == 1 and again.nodules.status.tolist() == ["kept", "kept"]
 
 
+def test_a_locked_folder_and_a_link_out_of_the_archive(tmp_path, monkeypatch):
+    Archived(tmp_path / "in", [balls()]).write()
+    outside = Archived(tmp_path / "elsewhere", [balls(1)], seed=5).write()
+    os.symlink(outside.folder / "069.xml", tmp_path / "in" / "link.xml")
+    locked, scandir = tmp_path / "in" / "locked", os.scandir
+    locked.mkdir()
+
+    def no_listing(name="."):
+        if str(name) == str(locked):
+            raise PermissionError(13, "Permission denied", str(name))
+        return scandir(name)
+
+    monkeypatch.setattr("os.scandir", no_listing)
+    done = convert_archive(tmp_path / "in", tmp_path / "out", SMALL)
+    assert done.nodules.status.tolist() == ["kept"] and done.series.status.tolist() == ["done", "refused"]
+    assert "locked cannot be opened (Permission denied)" in done.series.reason[1]
+
+
 def test_folders_without_an_archive_are_refused(tmp_path, capsys):
     for folder, out, words in ((tmp_path / "no", tmp_path / "out", "folder of the archive"), (tmp_path, tmp_path / "out", "output outside it"),
                                (tmp_path / "empty", tmp_path / "out", "0 CT series and no XML file")):

@@ -223,6 +223,16 @@ def test_a_source_that_changed_or_cannot_be_referred_to_is_refused(tmp_path):
     assert not (tmp_path / "alpha.dcm").exists()
 
 
+def test_patients_are_not_named_in_warnings_and_broken_headers_are_refused(tmp_path, recwarn):
+    series(tmp_path / "ct", PatientName="LIDC-IDRI-0001", PatientID="LIDC-IDRI-0001")
+    ct = read(tmp_path / "ct")
+    assert pydicom.dcmread(write(tmp_path / "alpha.dcm", matte(ct), like=ct)).PatientName == "LIDC-IDRI-0001" and not list(recwarn)
+    for path in (tmp_path / "ct").iterdir():
+        change(path, PatientSex="X")
+    with pytest.raises(InputError, match="like: got a series whose headers break a rule of DICOM .*X"):
+        write(tmp_path / "alpha.dcm", matte(ct), like=ct)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     series(tmp_path / "ct")
     ct = read(tmp_path / "ct")
