@@ -502,7 +502,7 @@ def predict_many(images: list[Path], arguments) -> int:
         print(f"medmatting: {image}: {reason}", file=sys.stderr)
     return int(bool(failed))
 
-# %% ../nbs/60_cli.ipynb #db47e3dd
+# %% ../nbs/60_cli.ipynb #3d4f54f1
 def add_data(commands):
     "Arguments of `medmatting data`."
     parser = commands.add_parser("data", help="list, fetch, verify and simulate data sets", description="Data sets of this package.")
@@ -543,7 +543,7 @@ def run_lidc(arguments, given: dict) -> int:
     refused = done.series[done.series.status == "refused"]
     print(f"{arguments.output}: {done}")
     for line in refused.itertuples():
-        print(f"medmatting: {line.xml or line.series}: {line.reason}", file=sys.stderr)
+        print(f"medmatting: {line.xml or line.series or arguments.name}: {line.reason}", file=sys.stderr)
     return int(len(refused) > 0)
 
 
