@@ -196,10 +196,11 @@ def make_case(
     return compose(alpha, background, block.ct.spacing, rng, index=planned.index, texture=planned.texture, masks=seen,
                    lung=block.name, pleural=planned.pleural)  # fmt: skip
 
-# %% ../nbs/44a_simnod_set.ipynb #3723a490
+# %% ../nbs/44a_simnod_set.ipynb #5844c8c3
 GENERATOR = 1  # raised when the same plan gives other cases; cases of another generator are made anew
 DILATE_MM = 1.0  # of the trimaps
 ARRAYS = ("image", "alpha", "trimap", "rater1", "rater2", "rater3", "rater4")
+CARRIED = ("patient", "texture", "pleural", "block", "scan", "index", "alpha_mm3")  # from the records into the table of a set
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,28 +265,39 @@ def save_case(
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return folder / planned.name
 
-# %% ../nbs/44a_simnod_set.ipynb #df031dd6
+# %% ../nbs/44a_simnod_set.ipynb #96f52315
+def _damaged(place: Path, what: str):
+    "Refuse a case."
+    raise DataError(f"{place}: {what}; delete this folder, or run `medmatting data simnod` again with the same options, which makes it anew.")
+
+
+def _read_record(place: Path) -> dict:
+    "What case.json says, if it says everything."
+    try:
+        record = json.loads((place / "case.json").read_text(encoding="utf-8"))
+        for name in (*(field.name for field in fields(Planned)), *CARRIED, "generator", "mean_ratings"):
+            record[name]
+        for name in ARRAYS:
+            record["sha256"][f"{name}.nii.gz"]
+    except (OSError, ValueError, KeyError, TypeError):
+        _damaged(place, "case.json is missing or damaged")
+    return record
+
+
 def check_case(
     place: Path,  # folder of a case
     planned: Planned | None = None,  # what it should be; None: whatever its record says
 ) -> dict:  # the record
     "Refuse a case that is not there, not whole, or not the one planned."
-    def damaged(what):
-        raise DataError(f"{place}: {what}; delete this folder, or run `medmatting data simnod` again with the same options, which makes it anew.")
-
-    try:
-        record = json.loads((place / "case.json").read_text(encoding="utf-8"))
-        wanted = {field.name: record[field.name] for field in fields(Planned)}
-        hashes = {f"{name}.nii.gz": record["sha256"][f"{name}.nii.gz"] for name in ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError):
-        damaged("case.json is missing or damaged")
-    if record.get("generator") != GENERATOR:
-        damaged(f"made by generator {record.get('generator')}, this is {GENERATOR}")
-    if planned is not None and wanted != asdict(planned):
-        damaged("its record is not that of the case planned")
-    for name, sha256 in hashes.items():
-        if not (place / name).is_file() or sha256_of(place / name) != sha256:
-            damaged(f"{name} does not have the SHA-256 of its record")
+    record = _read_record(place)
+    if record["generator"] != GENERATOR:
+        _damaged(place, f"made by generator {record['generator']}, this is {GENERATOR}")
+    if planned is not None and {name: record[name] for name in asdict(planned)} != asdict(planned):
+        _damaged(place, "its record is not that of the case planned")
+    for name in ARRAYS:
+        file = place / f"{name}.nii.gz"
+        if not file.is_file() or sha256_of(file) != record["sha256"][file.name]:
+            _damaged(place, f"{file.name} does not have the SHA-256 of its record")
     return record
 
 
@@ -300,7 +312,7 @@ def read_case(
     return SimnodCase(record["name"], image, alpha.array.astype(np.float32), trimap.array.astype(np.uint8),
                       np.stack([mask.array > 0 for mask in masks]), record)  # fmt: skip
 
-# %% ../nbs/44a_simnod_set.ipynb #43e2e13f
+# %% ../nbs/44a_simnod_set.ipynb #8fba6502
 @dataclass(frozen=True)
 class SimnodSet:
     "Simulated nodules in a folder."
@@ -324,7 +336,7 @@ class SimnodSet:
 
     def table(self):  # pandas.DataFrame, one row for each case that is on disk
         "What the records say, and the part that each case has in each split."
-        return _table(self)
+        return _table(self, [planned.name for planned in self.planned if (self.folder / planned.name).exists()])
 
 
 def simnod_set(
@@ -366,27 +378,6 @@ def _discard(place: Path):
         refuse(str(place), f"a damaged case with other files in it ({', '.join(others[:3])})", "a folder of one case only", "move what is yours elsewhere")
     shutil.rmtree(place)
 
-# %% ../nbs/44a_simnod_set.ipynb #5c3fb700
-CARRIED = ("patient", "texture", "pleural", "block", "scan", "index", "alpha_mm3")  # from the records into the table
-
-
-def _table(dataset: SimnodSet):
-    "Records as rows, and splits as columns where there are enough patients for them."
-    import pandas as pd
-
-    rows = {}
-    for planned in dataset.planned:
-        path = dataset.folder / planned.name / "case.json"
-        if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            rows[planned.name] = {name: record[name] for name in CARRIED} | {f"mean_{k}": v for k, v in record["mean_ratings"].items()}
-            rows[planned.name]["alpha_sha256"] = record["sha256"]["alpha.nii.gz"]
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("case")
-    for split in splits(dataset) if len(dataset) >= LEAST_TO_SPLIT else ():
-        part = {case: name for name in ("train", "validation", "test") for case in getattr(split, name)}
-        table[split.name.replace(" ", "_")] = table.index.map(part)
-    return table
-
 # %% ../nbs/44a_simnod_set.ipynb #7e6fafc9
 LEAST_TO_SPLIT = 40  # cases from which a table names the splits
 
@@ -407,6 +398,22 @@ def splits(
         test = tuple(case for case in fold.test if scan[case] == kept)
         apart.append(check_fold(Fold(fold.name, train, test, validation), dataset.patients))
     return tuple(apart)
+
+# %% ../nbs/44a_simnod_set.ipynb #9aeec073
+def _table(dataset: SimnodSet, cases: list[str]):
+    "Records as rows, and splits as columns where there are enough cases for them."
+    import pandas as pd
+
+    rows = {}
+    for case in cases:
+        record = _read_record(dataset.folder / case)
+        ratings = {f"mean_{name}": value for name, value in record["mean_ratings"].items()}
+        rows[case] = {name: record[name] for name in CARRIED} | ratings | {"alpha_sha256": record["sha256"]["alpha.nii.gz"]}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("case")
+    for split in splits(dataset) if len(dataset) >= LEAST_TO_SPLIT else ():
+        part = {case: name for name in ("train", "validation", "test") for case in getattr(split, name)}
+        table[split.name.replace(" ", "_")] = table.index.map(part)
+    return table
 
 # %% ../nbs/44a_simnod_set.ipynb #a8f43197
 @dataclass(frozen=True)
@@ -452,7 +459,7 @@ def _outcomes(dataset: SimnodSet, jobs: int) -> Iterator[tuple[str, str]]:
         finally:
             pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/44a_simnod_set.ipynb #42de2a97
+# %% ../nbs/44a_simnod_set.ipynb #a3f4a470
 def generate(
     dataset: SimnodSet,
     jobs: int = 1,  # processes side by side
@@ -470,10 +477,11 @@ def generate(
             for case, said in _outcomes(dataset, jobs):
                 outcomes[case] = said
                 bar.update()
-        _write_table(dataset)
+        done = Generation({planned.name: outcomes[planned.name] for planned in dataset.planned})
+        _write_table(dataset, [case for case in done.outcomes if case not in done.failed])
     except WriteError as error:
         raise WriteError(f"{error} {len(outcomes)} of {len(dataset)} cases were finished; the same command continues.") from error
-    return Generation({planned.name: outcomes[planned.name] for planned in dataset.planned})
+    return done
 
 
 def _clear_leftovers(folder: Path):
@@ -482,7 +490,7 @@ def _clear_leftovers(folder: Path):
         if time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/44a_simnod_set.ipynb #e165fafb
+# %% ../nbs/44a_simnod_set.ipynb #7e12812a
 README = """# Simulated lung nodules
 
 {cases} cubes of {side} voxels of 0.5 mm, seed {seed}, generator {generator} of medmatting. SIMULATED: outlines and lung are real, the inside of each
@@ -497,12 +505,12 @@ Made from LIDC-IDRI, CC BY 3.0. Keep this attribution: {citation}
 """
 
 
-def _write_table(dataset: SimnodSet):
-    "Table and README of a set."
+def _write_table(dataset: SimnodSet, cases: list[str]):
+    "Table of the cases that are whole, and README of the set."
     first = dataset.planned[0]
     name = f"simnod{first.side}-{first.seed}.csv"
     with atomic_path(dataset.folder / name) as temporary:
-        dataset.table().to_csv(temporary)
+        _table(dataset, cases).to_csv(temporary)
     text = README.format(cases=len(dataset), side=first.side, seed=first.seed, generator=GENERATOR, dilate=DILATE_MM, table=name, citation=LIDC_CITATION)
     with atomic_path(dataset.folder / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

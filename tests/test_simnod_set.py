@@ -197,12 +197,19 @@ def test_a_damaged_case_is_refused_by_name_and_made_anew(copy, damage):
     assert np.array_equal(copy[0].image.array, good.image.array)
 
 
+def test_a_table_does_not_hide_a_damaged_record(copy):
+    (copy.folder / copy.planned[2].name / "case.json").write_text("[]")
+    with pytest.raises(DataError, match=copy.planned[2].name):
+        copy.table()
+
+
 def test_files_of_others_are_never_removed(copy):
     place = copy.folder / copy.planned[0].name
     (place / "my notes.txt").write_text("mine")
     flip(place / "alpha.nii.gz")
     done = simnod_set.generate(copy, progress=False)
     assert "my notes.txt" in done.failed[copy.planned[0].name] and str(done).endswith("1 failed") and (place / "my notes.txt").read_text() == "mine"
+    assert copy.planned[0].name not in (copy.folder / "simnod64-1.csv").read_text()
 
 
 def test_a_full_disk_stops_the_run_and_leaves_no_half_case(tmp_path, monkeypatch):
