@@ -409,7 +409,7 @@ def _listener():
 
     return Listener
 
-# %% ../nbs/48_review.ipynb #7396f34f
+# %% ../nbs/48_review.ipynb #3ff6cdc2
 CSS = """<style>
 .mm-review { background: #101214; color: #e8e8e8; padding: 8px 10px; border-radius: 6px; outline: 2px solid transparent;
   font: 14px/1.35 system-ui, "Segoe UI", "Noto Sans", Arial, sans-serif; --jp-widgets-color: #e8e8e8; --jp-widgets-label-color: #cfd3d8;
@@ -417,8 +417,11 @@ CSS = """<style>
   --jp-widgets-input-border-color: #59616b; --jp-widgets-slider-active-handle-color: #56B4E9; }
 .mm-review:focus-within { outline-color: #3a6ea5; }
 .mm-review input, .mm-review select { background-color: #1d2126; color: #f2f2f2; border-color: #59616b; }
+.mm-review ::placeholder { color: #a9b1ba; opacity: 1; }
+.mm-review [class*=Collapse-header], .mm-review [class*=Collapse-contents] { background: #16191d; color: #e8e8e8; border-color: #2a3038; }
+.mm-review [class*=Collapse-header]:hover { background: #2a3038; color: #fff; }
 .mm-review option { background: #1d2126; color: #f2f2f2; }
-.mm-review .jupyter-button { background: #2a3038; color: #f2f2f2; border-radius: 4px; }
+.mm-review .jupyter-button { background: #2a3038; color: #f2f2f2; border-radius: 4px; padding: 0 4px; }
 .mm-review .jupyter-button:hover { background: #3a434e; box-shadow: none; }
 .mm-review .jupyter-button.mod-active { background: #0072B2; color: #fff; }
 .mm-review .jupyter-button:focus-visible { outline: 2px solid #56B4E9; }
@@ -545,7 +548,7 @@ class Tiles:
             said.value, picture.value = caption(session, view, number), png(candidate_picture(session.case, view, method))
             (card.add_class if chosen_number(session) == number else card.remove_class)("mm-chosen")
 
-# %% ../nbs/48_review.ipynb #c00b0eca
+# %% ../nbs/48_review.ipynb #4c5bea82
 WINDOWS = {"lung": LUNG, "mediastinum": MEDIASTINUM, "bone": Window(400, 1800)}
 
 
@@ -562,9 +565,9 @@ class Controls:
         self.zoomed = widgets.ToggleButton(description="zoom", tooltip="Z")
         self.legend = widgets.HTML()
         for control in (self.plane, self.mode):
-            control.style.button_width = "62px"
+            control.style.button_width = "66px"
         for control in (self.outlines, self.zoomed):
-            control.layout.width = "56px"
+            control.layout.width = "58px"
         for name, control in {"axis": self.plane, "mode": self.mode, "outlines": self.outlines, "zoomed": self.zoomed}.items():
             control.observe(lambda change, name=name: self._tell(**{name: change.new}), "value")
         self.slice.observe(lambda change: self._tell(slice=change.new), "value")
