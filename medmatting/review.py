@@ -304,7 +304,7 @@ def candidate_picture(
     draw_cross(picture, case, view)
     return picture
 
-# %% ../nbs/48_review.ipynb #e309690d
+# %% ../nbs/48_review.ipynb #9e8c0b7a
 KEYS_JS = """
 const KEYS = new Set([..."123456789duonzrwx[]", "ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "PageUp", "PageDown", "Escape", "Tab"]);
 const FIELD = "input:not([type=checkbox]):not([type=radio]):not([type=range]), textarea, select";
@@ -312,7 +312,7 @@ const FIELD = "input:not([type=checkbox]):not([type=radio]):not([type=range]), t
 function listenToKeys(root, send) {
   const onKey = (event) => {
     const field = event.target.closest(FIELD);
-    if (field && event.key === "Escape") return root.focus();
+    if (field && ["Escape", "Enter"].includes(event.key)) setTimeout(() => root.focus());
     const slides = event.target.closest(".noUi-handle") && event.key.startsWith("Arrow");
     if (field || slides || event.ctrlKey || event.metaKey || event.altKey) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
@@ -324,7 +324,7 @@ function listenToKeys(root, send) {
   };
   const onPick = (event) => event.target.matches("select") && root.focus();
   const onPress = (event) => { if (!event.target.closest(FIELD + ", button, .noUi-target")) setTimeout(() => root.focus({ preventScroll: true })); };
-  root.addEventListener("keydown", onKey);
+  root.addEventListener("keydown", onKey, true);  // before the fields, which keep keys to themselves
   root.addEventListener("change", onPick);
   root.addEventListener("pointerdown", onPress);
 }

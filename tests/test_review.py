@@ -408,7 +408,7 @@ def test_a_review_in_a_browser(labelling, server):
         page.keyboard.type("3 vessels")
         page.keyboard.press("Enter")
         assert grows(labelling, 3)[2]["text"] == "3 vessels" and page.locator(".jp-Cell").count() == cells
-        page.keyboard.press("Escape")
+        page.wait_for_function("document.activeElement.classList.contains('mm-review')")
         page.keyboard.press("u")
         assert grows(labelling, 4)[3]["undoes"] == 2
         shown("Taken back")
