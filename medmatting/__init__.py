@@ -39,6 +39,7 @@ _HOME = {
     "sad": "metrics",
     "mse": "metrics",
     "load_fba": "fba",
+    "load_shipped": "predict",
     "predict_fba": "fba",
     "load_matteformer": "matteformer",
     "predict_matteformer": "matteformer",

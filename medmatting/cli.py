@@ -10,7 +10,7 @@ __all__ = ['add_matte', 'add_trimap_options', 'add_solver_options', 'method_opti
            'predict_many', 'add_data', 'run_simnod', 'run_lidc', 'run_data', 'add_reproduce', 'run_reproduce',
            'make_parser', 'main']
 
-# %% ../nbs/60_cli.ipynb #d8a7bbb5
+# %% ../nbs/60_cli.ipynb #055277cb
 import argparse
 import json
 import sys
@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from . import __version__
-from .checks import InputError, atomic_path, refuse
+from .checks import InputError, atomic_path, check_finite, refuse
 
 # %% ../nbs/60_cli.ipynb #7f971213
 def add_matte(commands):
@@ -401,7 +401,7 @@ def name_model(arguments, volume) -> str:
 
     return arguments.weights or SHIPPED[3 if volume.channels and volume.array.shape[-1] > 1 else 1]
 
-# %% ../nbs/60_cli.ipynb #3eb720c6
+# %% ../nbs/60_cli.ipynb #028755c2
 def scale_intensities(volume, card: dict, arguments):
     "Values of an image in [0, 1], as the network was trained."
     from medmatting.matting import intensity_limits
@@ -409,6 +409,7 @@ def scale_intensities(volume, card: dict, arguments):
     hu_range = arguments.hu_range or (card.get("input", {}).get("hu_range") if volume.unit == "HU" else None)
     if volume.unit == "HU" and not hu_range:
         refuse("IMAGE", "Hounsfield units", "them with the range that the network was trained with", "add --hu-range -1000 400")
+    check_finite("IMAGE", volume.array)
     low, high = intensity_limits(volume, False, tuple(hu_range) if hu_range else None)
     return ((volume.array.astype("float32") - low) / (high - low)).clip(0, 1)
 
@@ -424,7 +425,7 @@ def given_trimap(net, image: Path, arguments):
         return None
     return read(arguments.trimap / f"{image.name.split('.')[0]}.png" if arguments.trimap.is_dir() else arguments.trimap).array.squeeze()
 
-# %% ../nbs/60_cli.ipynb #680bea3b
+# %% ../nbs/60_cli.ipynb #b255a40a
 def predict_slices(net, card: dict, volume, trimap, arguments):
     "Alpha and uncertainty (None if the network has none), each of the shape of the image."
     import numpy as np
@@ -461,8 +462,10 @@ def predict_one(image: Path, output: Path, uncertainty: Path | None, arguments) 
         refuse("--uncertainty", f"it with weights of {net.kind}", "a network that has one (region-aware, medical-matting)", "leave it out")
     for path, values in ((output, alpha), (uncertainty, entropy)):
         if path is not None:
-            write(path, volume.with_array(values, channels=False, unit="", meta={}), bits=arguments.bits)
-    return f"{net.kind}, weights {name}" if arguments.weights else f"{net.kind}, the package's model {name!r}, {card['short']}"
+            flat = volume.ndim == 3 and path in pictures  # a slice as a picture
+            write(path, values[0] if flat else volume.with_array(values, channels=False, unit="", meta={}), bits=arguments.bits)
+    by = f"{net.kind}, weights {name}" if arguments.weights else f"{net.kind}, the package's model {name!r}, {card['short']}"
+    return f"{by}; {volume.shape[0]} slices" if volume.ndim == 3 and volume.shape[0] > 1 else by
 
 # %% ../nbs/60_cli.ipynb #7a1563d0
 def run_predict(arguments) -> int:

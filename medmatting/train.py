@@ -120,7 +120,7 @@ def make_fabric(
         warnings.simplefilter("ignore")  # it advises to use more of the machine
         return Fabric(accelerator=device, devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", precision=precision)
 
-# %% ../nbs/33_train.ipynb #c59c9e8b
+# %% ../nbs/33_train.ipynb #751368fc
 def train(
     model: torch.nn.Module,  # called with a batch (stacked samples and "epoch") it gives a dict of scalar loss terms; "loss" is minimised
     samples: Sequence[dict],  # each a dict of tensors of one size, and "name"
@@ -151,6 +151,7 @@ def train(
                 history[-1].update(_watch(watch, step, model))
                 fabric.barrier()
                 if fabric.is_global_zero:
+                    _check_weights(model, step, [samples[i].get("name") for i in chosen(step, len(samples), recipe)])
                     _save(path, model, optimiser, fabric, recipe, history)
                 fabric.barrier()
             bar.set_postfix({name: f"{value:.4f}" for name, value in row.items()}, refresh=False)
@@ -207,7 +208,14 @@ def _watch(watch, step: int, model) -> dict[str, float]:
     with torch.no_grad():
         return {name: float(value) for name, value in watch(step, model).items()}
 
-# %% ../nbs/33_train.ipynb #55a4b943
+# %% ../nbs/33_train.ipynb #837e3607
+def _check_weights(model, step: int, names: list):
+    "Stop before weights that are no numbers take the place of a good checkpoint."
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values() if value.is_floating_point()):
+        raise TrainingError(f"step {step}: the loss was finite, its gradient on {', '.join(map(str, names))} was not; the last good checkpoint is"
+                            " kept. Lower the rate, clip the gradient, or look at these samples.")
+
+
 def _save(path: Path, model, optimiser, fabric, recipe: Recipe, history: list[dict]):
     "Everything needed to go on, complete or not at all."
     content = dict(model=model.state_dict(), optimiser=optimiser.state_dict(), scaler=fabric.strategy.precision.state_dict(),

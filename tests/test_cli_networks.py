@@ -16,7 +16,7 @@ import medmatting as mm
 import miniature
 from medmatting.cli import main
 from medmatting.matting_sets import matting_set
-from medmatting.predict import load_network, predict
+from medmatting.predict import load_network, load_shipped, predict, suitable_zoom
 from medmatting.recipes import make_network
 from medmatting.train import save_weights
 
@@ -280,3 +280,95 @@ def test_matte_takes_the_precision(tmp_path):
     words = ["matte", tmp_path / "i.png", "--mask", tmp_path / "m.png", "--band-mm", 2, "-o", tmp_path / "a.png", "--info", tmp_path / "i.json"]
     assert run(*words, "--precision", "half") == 2
     assert run(*words, "--precision", "double") == 0 and json.loads((tmp_path / "i.json").read_text())["precision"] == "double"
+
+
+# ---- predict with a model of the package
+
+
+def test_without_weights_the_channels_choose_the_model_and_it_is_named(tmp_path, capsys):
+    from medmatting.photographs import skin
+
+    colour = skin("ISIC_0014616").image[::8, ::8]
+    for name, image, model in (("colour", colour, "skin"), ("grey", colour[..., 0], "nodules")):
+        mm.write(tmp_path / f"{name}.png", image)
+        assert run("predict", tmp_path / f"{name}.png", "-o", tmp_path / f"{name}_a.npy", "--uncertainty", tmp_path / f"{name}_u.npy") == 0
+        net, card = load_shipped(model)
+        assert f"the package's model {model!r}, {card['short']}" in capsys.readouterr().out
+        expected = predict(net, image, zoom=suitable_zoom(card, image.shape[:2]))
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}_a.npy", allow_pickle=False), expected.alpha)
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}_u.npy", allow_pickle=False), expected.uncertainty.clip(0, 1))
+    assert run("predict", tmp_path / "grey.png", "-o", tmp_path / "b.npy", "--weights", "skin") == 0
+
+
+def test_hounsfield_units_are_scaled_and_zoomed_as_the_model_was_trained(tmp_path, capsys):
+    hu = np.random.default_rng(0).normal(-700, 200, (1, 20, 24)).astype(np.float32)
+    mm.write(tmp_path / "ct.nii.gz", mm.Volume(hu, (2.5, 0.75, 0.75), unit="HU"))
+    assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz") == 0
+    expected = predict(load_shipped("nodules")[0], ((hu[0] + 1000) / 1400).clip(0, 1), zoom=1.5).alpha
+    np.testing.assert_allclose(mm.read(tmp_path / "a.nii.gz").array[0], expected, atol=1e-5)
+    assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.png", "--bits", 16) == 0  # one slice is a picture too
+    np.testing.assert_allclose(mm.read(tmp_path / "a.png").array / 65535, expected, atol=2e-5)
+    np.save(tmp_path / "hu.npy", hu[0])
+    assert run("predict", tmp_path / "hu.npy", "-o", tmp_path / "b.npy", "--hu-range", -1000, 400, "--spacing", 0.75) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "b.npy", allow_pickle=False), expected, atol=1e-5)
+    capsys.readouterr()
+    assert run("predict", tmp_path / "hu.npy", "-o", tmp_path / "c.npy") == 2 and "hu_range" in said(capsys)
+    assert run("predict", tmp_path / "hu.npy", "-o", tmp_path / "c.npy", "--hu-range", -1000, 400, "--spacing", 0) == 2 and "--spacing" in said(capsys)
+
+
+def test_a_folder_may_hold_colour_and_grey(tmp_path, capsys):
+    mm.write(tmp_path / "in" / "grey.png", np.zeros((9, 8), np.uint8))
+    mm.write(tmp_path / "in" / "colour.png", np.zeros((9, 8, 3), np.uint8))
+    assert run("predict", tmp_path / "in", "-o", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert "model 'skin'" in told and "model 'nodules'" in told and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_picture_of_the_other_number_of_channels_and_numbers_that_are_none_are_refused(tmp_path, capsys):
+    mm.write(tmp_path / "i.png", np.zeros((9, 9, 3), np.uint8))
+    assert run("predict", tmp_path / "i.png", "-o", tmp_path / "a.png", "--weights", "nodules") == 2 and "3 channels" in said(capsys)
+    np.save(tmp_path / "nan.npy", np.full((9, 9), np.nan, np.float32))
+    assert run("predict", tmp_path / "nan.npy", "-o", tmp_path / "a.png") == 2
+    assert "NaN" in said(capsys) and not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 3), (1, 37), (33, 5, 3)])
+def test_pictures_of_any_size_are_answered_in_that_size(shape, tmp_path):
+    mm.write(tmp_path / "i.png", np.full(shape, 77, np.uint8))
+    assert run("predict", tmp_path / "i.png", "-o", tmp_path / "a.png", "--uncertainty", tmp_path / "u.png", "--tile", 16) == 0
+    assert mm.read(tmp_path / "a.png").array.shape == mm.read(tmp_path / "u.png").array.shape == shape[:2]
+
+
+# ---- networks that read a trimap
+
+
+@pytest.mark.parametrize("kind", ["fba", "matteformer"])
+def test_networks_that_read_a_trimap_train_and_predict_from_the_command_line(kind, data, tmp_path, capsys):
+    words = train_words(data, tmp_path / "run", kind=kind, steps=2)
+    assert run(*words) == 0
+    weights, (net, card) = tmp_path / "run" / "weights.safetensors", load_network(tmp_path / "run" / "weights.safetensors")
+    assert net.kind == kind and card["metrics"]["cases"] == 2
+    image, trimap = np.random.default_rng(0).integers(0, 256, (21, 34), np.uint8), np.full((21, 34), 128, np.uint8)
+    trimap[:, :8], trimap[:, -8:] = 0, 255
+    mm.write(tmp_path / "i" / "one.png", image)
+    mm.write(tmp_path / "t" / "one.png", trimap)
+    predicted = ["predict", tmp_path / "i" / "one.png", "-o", tmp_path / "a.npy", "--weights", weights]
+    assert run(*predicted, "--trimap", tmp_path / "t" / "one.png") == 0
+    alpha = np.load(tmp_path / "a.npy", allow_pickle=False)
+    np.testing.assert_array_equal(alpha, predict(net, image, trimap).alpha)
+    assert (alpha[trimap == 0] == 0).all() and (alpha[trimap == 255] == 1).all()
+    assert run("predict", tmp_path / "i", "-o", tmp_path / "many", "--weights", weights, "--trimap", tmp_path / "t") == 0
+    capsys.readouterr()
+    assert run(*predicted, "--overwrite") == 2 and f"one for {kind}; give a file" in said(capsys)
+    assert run("predict", tmp_path / "i" / "one.png", "-o", tmp_path / "b.png", "--trimap", tmp_path / "t" / "one.png") == 2
+    assert "none for region-aware" in said(capsys)
+
+
+def test_a_fold_of_one_case_trains(tmp_path):
+    cases = {f"{patient}_slice0": case for patient, case in zip(range(4), miniature.lidc_cases().values())}
+    for name, case in cases.items():
+        case["series_uid"] = name
+    data = miniature.write_set(tmp_path, "lidc", cases)
+    assert len(matting_set("lidc", data).fold(0).test) == 1
+    assert run(*train_words(data, tmp_path / "run", kind="plain-unet", steps=2)) == 0
+

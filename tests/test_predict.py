@@ -1,13 +1,17 @@
 """Prediction: any size, tiles without seams, clear refusals; recipes and objectives."""
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import medmatting
 from medmatting import InputError
-from medmatting.predict import load_network, predict, suitable_zoom, tiles
+from medmatting.predict import SHIPPED, load_network, load_shipped, predict, suitable_zoom, tiles
 from medmatting.recipes import Objective, Prepare, make_network, make_sample, paper_recipe, random_trimap
 from medmatting.train import learning_rate, save_weights
 
@@ -281,3 +285,42 @@ def test_the_card_says_the_zoom():
     assert suitable_zoom({"input": {"side": 100}}, (50, 200), (3.0, 3.0)) == 0.5
     assert suitable_zoom({"input": {"spacing_mm": 0.5}}, (50, 200), (0.25, 1.0)) == 1.0
     assert suitable_zoom({"input": {"spacing_mm": 0.5}}, (50, 200)) == suitable_zoom({}, (50, 200), (0.7, 0.7)) == 1
+
+
+# ---- the models that come with the package
+
+MODELS = Path(medmatting.__file__).parent / "data" / "models"
+
+
+def test_the_shipped_models_are_small_hashed_and_have_a_card():
+    sums = dict(line.split()[::-1] for line in (MODELS / "SHA256SUMS").read_text().splitlines())
+    assert {path.name for path in MODELS.iterdir()} == {*sums, "README.md", "SHA256SUMS"} and len(sums) == len(SHIPPED)
+    assert all(hashlib.sha256((MODELS / name).read_bytes()).hexdigest() == sha256 for name, sha256 in sums.items())
+    assert sum((MODELS / name).stat().st_size for name in sums) < 3e6
+    for channels, name in SHIPPED.items():
+        net, card = load_shipped(name)
+        assert net.config["channels"] == channels and not net.training and {*CARD, "input", "short"} <= card.keys()
+        assert "Not for clinical use" in card["limits"] and card["metrics"]["this model"]["mae"] < card["metrics"]["0 everywhere"]["mae"]
+        assert all(value.isfinite().all() for value in net.state_dict().values())
+    with pytest.raises(InputError, match="'nodules' or 'skin'"):
+        load_shipped("brain")
+
+
+def test_the_model_for_nodules_sees_a_nodule_and_no_nodule_in_empty_lung():
+    hu = np.full((64, 64), -850.0)
+    y, x = np.mgrid[:64, :64]
+    inside = np.hypot(y - 30, x - 34) < 9
+    net, _ = load_shipped("nodules")
+    said = predict(net, ((np.where(inside, 30.0, hu) + 1000) / 1400).clip(0, 1))
+    assert said.alpha[np.hypot(y - 30, x - 34) < 7].mean() > 0.7 and said.alpha[~inside].mean() < 0.1
+    assert predict(net, ((hu + 1000) / 1400)).alpha.mean() < 0.05 and 0 <= said.uncertainty.min() <= said.uncertainty.max() <= 1
+
+
+def test_the_model_for_skin_sees_a_lesion_it_was_not_trained_on():
+    from medmatting.photographs import skin
+
+    photograph = skin("ISIC_0014616")
+    net, card = load_shipped("skin")
+    alpha = predict(net, photograph.image, zoom=suitable_zoom(card, photograph.mask.shape)).alpha
+    assert alpha[photograph.mask].mean() > alpha[~photograph.mask].mean() + 0.3
+

@@ -92,6 +92,21 @@ def test_a_loss_that_is_no_number_stops_with_step_and_samples(tmp_path):
     assert len(kept["history"]) == 15 and all(v.isfinite().all() for v in kept["model"].values())
 
 
+class BreaksBackward(Breaks):
+    def forward(self, batch):
+        terms = Toy.forward(self, batch)
+        self.calls = getattr(self, "calls", 0) + 1
+        root = (0 * terms["loss"]).sqrt() if self.calls == 20 else 0  # 0, and its slope is infinite
+        return {"loss": terms["loss"] + root}
+
+
+def test_weights_that_are_no_numbers_do_not_replace_a_good_checkpoint(tmp_path):
+    with pytest.raises(TrainingError, match=r"step 19: the loss was finite, its gradient on point \d+, .* was not; the last good checkpoint"):
+        run(tmp_path, BreaksBackward())
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(kept["history"]) == 15 and all(v.isfinite().all() for v in kept["model"].values())
+
+
 def test_another_recipe_is_refused(tmp_path, whole):
     run(tmp_path, recipe=RECIPE)
     with pytest.raises(InputError, match="rate=0.5 where the run in .* has 0.01"):
