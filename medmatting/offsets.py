@@ -92,12 +92,12 @@ def draw_reading(
     ax.plot(*spots.T[::-1], "o", color="red", ms=size, mec="white", mew=0.3)
     ax.plot(query[1], query[0], "+", color=PALETTE[1], ms=1.8 * size, mew=1.6)
 
-# %% ../nbs/29a_offsets.ipynb #dac30360
+# %% ../nbs/29a_offsets.ipynb #35092dbc
 CLICKS = """
 function render({ model, el }) {
   const picture = document.createElement("img");
   picture.alt = "Image with the positions that a pixel is read from; click to choose another pixel";
-  picture.style.cssText = "max-width: 100%; cursor: crosshair";
+  picture.style.cssText = "max-width: min(100%, 760px); cursor: crosshair";
   const show = () => { picture.src = "data:image/png;base64," + model.get("png"); };
   picture.addEventListener("click", (event) => {
     const box = picture.getBoundingClientRect();
