@@ -642,7 +642,7 @@ class InformationFlow(HostSystem):
         own = (a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self.local.image)
         return sum(own) + self.local.nbytes + (self.inner[1].values.nbytes if self.inner else 0)
 
-# %% ../nbs/17_information_flow.ipynb #d4914257
+# %% ../nbs/17_information_flow.ipynb #fd481266
 WEIGHTS = (0.03, 0.3, 0.0015), (0.1, 0.02, 0.0001)  # spatial weights in 1/mm: one channel, colour
 STRENGTHS = (1.0, 0.05, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
 REGULARISERS = 1e-3, 1e-4  # of the mixture weights
@@ -697,7 +697,7 @@ def solve(
     _check_known(problem.labels)
     if (problem.labels != 128).all():
         return Solved(problem.known.copy(), 0, 0.0, "matrix-free", 0, 0)
-    if problem.labels.shape[2] == 1:  # closed form stores runs along x, so an axis of one voxel goes first
+    if problem.labels.shape[2] == 1 < problem.labels.shape[0]:  # closed form stores runs along x, so an axis of one voxel goes first
         turned = {name: np.swapaxes(getattr(problem, name), 0, 2) for name in ("image", "labels", "known")}
         solved = solve(replace(problem, spacing=problem.spacing[::-1], **turned), tol, max_iterations, progress, neighbours, weights,
                        strengths, known_to_unknown, trimming, regulariser, eps, constraint_weight, precision)

@@ -293,6 +293,13 @@ def test_one_unknown_voxel_and_one_of_each_side():
     assert np.isfinite(solve(make_problem(np.random.default_rng(0).random((3, 8, 8, 1)), labels), 1e-8, 100).alpha).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 12), (1, 12, 1), (12, 1, 1)])
+def test_a_single_line_of_voxels_is_refused(shape):
+    labels = np.array([0, 0, 128, 128, 128, 128, 128, 128, 128, 255, 255, 255]).reshape(shape)
+    with pytest.raises(InputError, match="at least 3 voxels along each axis"):
+        solve(make_problem(np.random.default_rng(0).random((*shape, 1)), labels), 1e-7, 1000)
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (100.0, 1.0, 1.0), (1.0, 100.0, 1.0)])
 def test_constant_image_gives_an_interpolation(spacing):
     problem = noisy((4, 10, 24))
