@@ -101,17 +101,19 @@ def _restore(path: Path, kept: dict, model, optimiser, fabric):
         raise TrainingError(f"{path}: the checkpoint of another network ({first}); choose another folder.") from error
     fabric.strategy.precision.load_state_dict(kept["scaler"])
 
-# %% ../nbs/33_train.ipynb #efde711f
+# %% ../nbs/33_train.ipynb #b1645b22
 def make_fabric(
     device: str = "auto",  # "cpu", "cuda" or "auto"
     processes: int = 1,  # on this machine; under torchrun or srun these say how many there are
     precision: str = "32-true",  # "32-true", "bf16-mixed" or "16-mixed"
 ):  # a lightning_fabric.Fabric
     "Device, precision and processes of a run."
+    import logging
     import warnings
 
     from lightning_fabric import Fabric
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else it repeats the chosen precision for every run
     if device not in ("cpu", "cuda", "auto") or device == "cuda" and not torch.cuda.is_available():
         refuse("device", repr(device), "'cpu', 'auto'" + ", 'cuda'" * torch.cuda.is_available(), "leave it out for what is there")
     if precision not in ("32-true", "bf16-mixed", "16-mixed"):
