@@ -109,8 +109,12 @@ OUTSIDE = re.compile(r"\]\(((?:\.\./)+[^)#]+)\)")  # a link to a file beside the
 
 def outside(text: str, notebook: Path, spell) -> str:
     "Spell links that leave nbs/ anew: `spell` gets the path from the repository's root."
-    found = lambda match: spell((notebook.parent / match.group(1)).resolve().relative_to(ROOT))
-    return OUTSIDE.sub(lambda match: f"]({found(match)})", text)
+
+    def found(match):
+        path = (notebook.parent / match.group(1)).resolve()
+        return match.group(0) if path.is_relative_to(NBS) else f"]({spell(path.relative_to(ROOT))})"
+
+    return OUTSIDE.sub(found, text)
 
 
 def onto_the_site(path: Path) -> str:
