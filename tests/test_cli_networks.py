@@ -364,11 +364,10 @@ def test_networks_that_read_a_trimap_train_and_predict_from_the_command_line(kin
     assert "none for region-aware" in said(capsys)
 
 
-def test_a_fold_of_one_case_trains(tmp_path):
+def test_a_fold_of_one_case_is_refused_by_name(tmp_path, capsys):
     cases = {f"{patient}_slice0": case for patient, case in zip(range(4), miniature.lidc_cases().values())}
     for name, case in cases.items():
         case["series_uid"] = name
     data = miniature.write_set(tmp_path, "lidc", cases)
-    assert len(matting_set("lidc", data).fold(0).test) == 1
-    assert run(*train_words(data, tmp_path / "run", kind="plain-unet", steps=2)) == 0
-
+    assert run(*train_words(data, tmp_path / "run", kind="plain-unet", steps=2)) != 0
+    assert "at least two cases in each part" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -398,6 +398,7 @@ def test_a_review_in_a_browser(labelling, server):
 
         # D twice would delete a cell in JupyterLab; here it asks for a reason. A number in a note decides nothing.
         cells = page.locator(".jp-Cell").count()
+        time.sleep(2 * rv.LOOK_S)  # a decision right after a case appeared counts as a bounced key
         page.keyboard.press("d")
         page.keyboard.press("d")
         shown("Discard because")
@@ -409,6 +410,7 @@ def test_a_review_in_a_browser(labelling, server):
         page.keyboard.press("Enter")
         assert grows(labelling, 3)[2]["text"] == "3 vessels" and page.locator(".jp-Cell").count() == cells
         page.wait_for_function("document.activeElement.classList.contains('mm-review')")
+        time.sleep(2 * rv.LOOK_S)
         page.keyboard.press("u")
         assert grows(labelling, 4)[3]["undoes"] == 2
         shown("Taken back")
