@@ -6,7 +6,8 @@ import torch
 
 from medmatting.checks import InputError
 from medmatting.matting3d import Matting3D
-from medmatting.predict3d import predict_volume, spread
+from medmatting.predict import spread
+from medmatting.predict3d import predict_volume
 from medmatting.recipes3d import Crops, Objective3D, Prepare3D, make_sample3d, paper_recipe3d, scale_hu
 from medmatting.train import TrainingError, train
 from medmatting.volumes import Volume
