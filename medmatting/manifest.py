@@ -67,7 +67,7 @@ def _profiles(value, test) -> bool:
     return isinstance(value, dict) and {"quick", "full"} <= set(value) <= set(PROFILES) and all(map(test, value.values()))
 
 # %% ../nbs/50_manifest.ipynb #9b7af713
-_PICTURES = (".png", ".svg", ".jpg")
+_PICTURES = (".png", ".svg", ".jpg", ".webp", ".gif")
 
 
 def _plain_name(name) -> bool:

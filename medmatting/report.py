@@ -83,8 +83,11 @@ def _caption(record: dict) -> str:
 
 def _shown(path: Path, link: str, alt: str, caption: str) -> str:
     "A published file as Markdown."
+    picture = f'![{caption}]({link}){{fig-alt="{alt.replace(chr(34), chr(39))}"}}'
     if path.suffix in (".png", ".svg", ".jpg"):
-        return f'![{caption}]({link}){{fig-alt="{alt.replace(chr(34), chr(39))}"}}'
+        return picture
+    if path.suffix in (".webp", ".gif"):
+        return f"<details open>\n<summary>Moving picture; close it here to stop it</summary>\n\n{picture}\n\n</details>"
     if path.suffix == ".md":
         return f"{path.read_text(encoding='utf-8').strip()}\n\n{caption}"
     if path.suffix == ".csv" and path.name != "measures.csv":

@@ -10,14 +10,18 @@ __all__ = ['MARGIN_MM', 'LEAST_MM', 'TILE', 'KEYS_JS', 'MOUSE_JS', 'ATTACH_JS', 
            'reference_picture', 'candidate_picture', 'caption', 'reference_caption', 'legend', 'progress_line',
            'agreement_lines', 'Tiles', 'Controls', 'limits', 'Judgement', 'told_error', 'ReviewPage', 'press_number',
            'discard_case', 'take_back', 'write_note', 'go_to', 'change_view', 'ask_reason', 'stop_asking', 'go_to_open',
-           'handle', 'drag_window', 'review', 'open_existing', 'write_page', 'server_command', 'serve']
+           'handle', 'drag_window', 'review', 'open_existing', 'write_page', 'server_command', 'free_port', 'serve']
 
 # %% ../nbs/48_review.ipynb #d0c2c2dd
 import html
+import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
@@ -28,7 +32,7 @@ import numpy as np
 from scipy import ndimage
 
 from . import decisions
-from .checks import InputError, atomic_path, refuse
+from .checks import InputError, atomic_path, describe, refuse
 from .hounsfield import LUNG, MEDIASTINUM, Window
 from .labelling import LabelledCase, Labelling, open_labelling, read_case
 from .plots import KINDS, PALETTE, image_kind
@@ -879,25 +883,60 @@ def write_page(
         nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), temporary)
     return labelling.folder / "review.ipynb"
 
-
+# %% ../nbs/48_review.ipynb #5b0f71c2
 def server_command(
     page: Path,  # of `write_page`
-    port: int = 8866,
+    port: int,  # on this machine
     browser: bool = True,  # open it here
-) -> list[str]:  # to be run in the folder of the page
-    "JupyterLab with the page alone."
-    shown = [] if browser else ["--no-browser"]
-    return [sys.executable, "-m", "jupyterlab", f"--port={port}", f"--LabApp.default_url=/doc/tree/{page.name}", *shown]
+) -> list[str]:  # to be run in the folder of the page, with a token in the environment variable JUPYTER_TOKEN
+    "JupyterLab with the page alone, for this machine."
+    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "answer_yes": True, "log_level": "ERROR"}
+    given = [f"--ServerApp.{name}={value}" for name, value in options.items()]
+    given += [] if browser else ["--no-browser"]
+    given += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # Jupyter does not start for root otherwise
+    return [sys.executable, "-m", "jupyterlab", f"--LabApp.default_url=/doc/tree/{page.name}", *given]
+
+
+def free_port(
+    port: int | None = None,  # the one that is wanted; None: any
+) -> int:
+    "A port on which nothing listens."
+    with socket.socket() as place:
+        try:
+            place.bind(("127.0.0.1", port or 0))
+        except (OSError, OverflowError):
+            refuse("port", describe(port), "a free port from 1 to 65535", "leave it out, and one is found")
+        return place.getsockname()[1]
+
+# %% ../nbs/48_review.ipynb #c9d3b8e4
+def _answers(server: subprocess.Popen, port: int, patience: float = 120) -> bool:
+    "Whether the server answers; False once it has ended."
+    until = time.monotonic() + patience
+    while server.poll() is None and time.monotonic() < until:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def serve(
     labelling: Labelling | str | Path,  # or its folder
-    port: int = 8866,
+    port: int | None = None,  # on this machine; None: a free one
     browser: bool = True,  # open it here
-    blind: bool = True,
-    seed: int = 0,
-) -> int:  # exit status of the server, once it is stopped with Ctrl-C
+    blind: bool = True,  # hide the methods, and shuffle the candidates of each case
+    seed: int = 0,  # of the shuffle
+) -> int:  # exit status: 0 when it was stopped with Ctrl-C
     "Serve the review page until it is stopped."
     labelling = labelling if isinstance(labelling, Labelling) else open_existing(labelling)
-    page = write_page(labelling, blind, seed)
-    return subprocess.run(server_command(page, port, browser), cwd=page.parent).returncode
+    page, port, token = write_page(labelling, blind, seed), free_port(port), secrets.token_hex(24)
+    server = subprocess.Popen(server_command(page, port, browser), cwd=page.parent, env={**os.environ, "JUPYTER_TOKEN": token})
+    try:
+        if _answers(server, port):
+            print(f"Review of {len(labelling.cases())} cases: http://127.0.0.1:{port}/doc/tree/{page.name}?token={token}\n"
+                  "Ctrl-C stops it; decisions are kept.", flush=True)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.terminate()
+        server.wait(30)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -230,6 +231,23 @@ def test_pages_show_results_with_their_provenance(tmp_path):
     assert "medmatting reproduce" in text and str(tmp_path) not in text
     assert (tmp_path / "site/results/item/table.csv").exists()
     assert "Table 1, KNN, Brain-growth SAD | 0.6534 | 0.6000" in ledger.read_text()
+
+
+def test_a_moving_picture_is_shown_with_its_words_and_can_be_put_away(tmp_path):
+    root = published(repository(tmp_path, brain("knn", 0.6)))
+    folder, manifest = root / "figures/quick/item", json.loads((root / MANIFEST).read_text())
+    record = provenance_path(folder / "table.csv").read_text().replace("table.csv", "turn.webp")
+    manifest["items"][0]["outputs"]["turn.webp"] = {"caption": "A turn."}
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="alt"):
+        report.results_page(root)
+    manifest["items"][0]["outputs"]["turn.webp"]["alt"] = "A nodule turns."
+    (root / MANIFEST).write_text(json.dumps(manifest))
+    provenance_path(folder / "turn.webp").write_text(record)
+    (folder / "turn.webp").write_bytes(b"RIFF")
+    text = report.write_pages(tmp_path / "site", root)[0].read_text()
+    assert re.search(r'<details open>\n<summary>Moving.*</summary>\n\n!\[.*\]\(item/turn.webp\)\{fig-alt="A nodule turns."\}\n\n</details>', text)
+    assert (tmp_path / "site/results/item/turn.webp").read_bytes() == b"RIFF"
 
 
 def test_the_profile_nearest_to_the_paper_is_shown_and_a_quick_one_named_for_what_it_is(tmp_path):

@@ -3,10 +3,13 @@
 import json
 import os
 import re
-import secrets
+import signal
 import socket
 import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from io import BytesIO
 
 import numpy as np
@@ -302,45 +305,55 @@ def test_a_name_is_asked_for(labelling):
         rv.review(labelling.folder / "cases")
 
 
-def test_the_server_asks_for_a_token_and_listens_here_only(labelling):
-    page = rv.write_page(labelling)
-    command = " ".join(rv.server_command(page, browser=False))
-    assert "jupyterlab" in command and "token" not in command and "--ip" not in command  # Jupyter's own defaults
+def test_the_server_asks_for_a_token_and_listens_here_only(labelling, monkeypatch, capsys):
+    page, started = rv.write_page(labelling), []
+    command = " ".join(rv.server_command(page, 4711, browser=False))
+    assert "jupyterlab" in command and "token" not in command and "--ServerApp.ip=127.0.0.1" in command and "port=4711" in command
     assert json.loads(page.read_text())["cells"][0]["source"]
+
+    class Ended:
+        "A server that could not start."
+
+        def __init__(self, command, cwd, env):
+            started.append((command, cwd, env["JUPYTER_TOKEN"]))
+
+        poll = wait = lambda self, patience=None: 3
+        terminate = lambda self: None
+
+    monkeypatch.setattr(rv.subprocess, "Popen", Ended)
+    assert [rv.serve(labelling, browser=False) for _ in range(2)] == [3, 3] and "http" not in capsys.readouterr().out
+    (_, folder, first), (_, _, second) = started
+    assert folder == labelling.folder and first != second and min(len(first), len(second)) >= 32
+
+
+def test_a_port_that_is_taken_is_refused(labelling):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        for port in (taken.getsockname()[1], 70_000):
+            with pytest.raises(InputError, match="port.*free port"):
+                rv.serve(labelling, port)
 
 
 # ---- the page in a browser
 
 
 class Server:
-    "JupyterLab with the page alone."
+    "`medmatting review`, as from a terminal."
 
     def __init__(self, labelling, home):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        token = secrets.token_hex(16)
-        page = rv.write_page(labelling)
-        command = [*rv.server_command(page, self.port, browser=False), f"--IdentityProvider.token={token}", "--allow-root"]
         places = {name: str(home / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")}
         (home / "JUPYTER_CONFIG_DIR").mkdir(parents=True)
         self.log = open(home / "log", "w")
-        self.process = subprocess.Popen(command, cwd=page.parent, env={**os.environ, **places, "JUPYTER_PREFER_ENV_PATH": "1", "NUMBA_NUM_THREADS": "1"},
-                                        stdout=self.log, stderr=subprocess.STDOUT)  # fmt: skip
-        self.address = f"http://127.0.0.1:{self.port}/doc/tree/{page.name}?token={token}"
-
-    def wait(self):
-        "Until it answers."
-        for _ in range(1200):
-            try:
-                return socket.create_connection(("127.0.0.1", self.port), 1).close()
-            except OSError:
-                assert self.process.poll() is None, "JupyterLab stopped"
-                time.sleep(0.1)
+        command = [sys.executable, "-m", "medmatting", "review", str(labelling.folder), "--no-browser"]
+        self.process = subprocess.Popen(command, env={**os.environ, **places, "JUPYTER_PREFER_ENV_PATH": "1", "NUMBA_NUM_THREADS": "1"},
+                                        stdout=subprocess.PIPE, stderr=self.log, text=True)  # fmt: skip
+        self.address = re.search(r"http://\S+", self.process.stdout.readline()).group()  # once it answers
+        self.port = int(re.search(r"127\.0\.0\.1:(\d+)/doc/tree/review.ipynb\?token=\w{32,}$", self.address).group(1))
 
     def stop(self):
-        self.process.terminate()
-        self.process.wait(30)
+        "Ctrl-C."
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=60)
         self.log.close()
 
 
@@ -348,10 +361,12 @@ class Server:
 def server(labelling, tmp_path):
     running = Server(labelling, tmp_path / "jupyter")
     try:
-        running.wait()
         yield running
     finally:
         running.stop()
+    assert running.process.returncode == 0
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", running.port), 1)
 
 
 def grows(labelling, count):
@@ -367,6 +382,8 @@ def grows(labelling, count):
 def test_a_review_in_a_browser(labelling, server):
     from playwright.sync_api import sync_playwright
 
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # without the token
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/api/contents", timeout=30)
     with sync_playwright() as playwright:
         browser = launch(playwright)
         page = browser.new_page(viewport={"width": 1366, "height": 768})
