@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from .checks import atomic_path, check_finite, check_spacing, describe, refuse
+from .checks import atomic_path, check_spacing, describe, refuse
+from .hounsfield import HU_RANGE, check_hu, check_range, scale_hu
 from .predict import spread
-from .recipes3d import HU_RANGE, scale_hu
 from .volumes import Volume, check_volume, crop, resample, resample_like
 
 # %% ../nbs/35a_predict3d.ipynb #21d2e22f
@@ -86,8 +87,11 @@ def _kept_row(work: Path | None, name: str, make: Callable[[], tuple]) -> tuple[
     "A row from the work folder, or made and put there."
     path = None if work is None else work / f"{name}.npz"
     if path is not None and path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            return kept["total"], kept["weight"]
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                return kept["total"], kept["weight"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # damaged on the disk: made again
+            path.unlink()
     total, weight = make()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def predict_volume(
     "Alpha of a CT, without a trimap, in bounded memory."
     ct = _check(net, ct, spacing, spacing_mm, tile, overlap, maps)
     layout = _layout(ct, spacing_mm, tile, overlap)
-    settings = dict(spacing_mm=spacing_mm, hu_range=tuple(hu_range), flips=flips, maps=tuple(maps))
+    settings = dict(spacing_mm=spacing_mm, hu_range=check_range(hu_range), flips=flips, maps=tuple(maps))
     see = lambda net, ct, box: _see_tile(net, ct, box, **settings)
     if work is not None:
         work = Path(work) / _digest(net, ct, settings, tile, overlap)
@@ -174,9 +178,9 @@ def _check(net, ct, spacing, spacing_mm, tile, overlap, maps) -> Volume:
         ct = Volume(np.asarray(ct), check_spacing(spacing, 3), unit="HU")
     if check_volume("ct", ct).ndim != 3 or ct.channels:
         refuse("ct", describe(ct.array), "a volume (D, H, W) in HU", "a single slice is (1, H, W)")
-    check_finite("ct", ct.array)
     if ct.unit != "HU":
         refuse("ct", f"a volume whose unit is {ct.unit or 'not known'}", "Hounsfield units", "say so where it is one: Volume(array, spacing, unit='HU')")
+    check_hu(ct, "ct")
     if not maps or any(name not in MAPS for name in maps):
         refuse("maps", describe(maps), f"some of {', '.join(MAPS)}", "choose from these")
     if not (type(tile) is int and type(overlap) is int and tile > overlap >= 0):

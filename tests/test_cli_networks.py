@@ -8,12 +8,15 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import medmatting as mm
 import miniature
+import miniature_dicom
+import miniature_volumes
 from medmatting.cli import main
 from medmatting.matting_sets import matting_set
 from medmatting.predict import load_network, load_shipped, predict, suitable_zoom
@@ -64,7 +67,6 @@ def test_a_run_leaves_everything(trained, data):
 
 
 def test_scores_are_those_of_the_predictions(trained, data):
-    import pandas as pd
 
     published, table = matting_set("lidc", data), pd.read_csv(trained / "scores.csv").set_index("case")
     net, card = load_network(trained / "weights.safetensors")
@@ -371,3 +373,202 @@ def test_a_fold_of_one_case_is_refused_by_name(tmp_path, capsys):
     data = miniature.write_set(tmp_path, "lidc", cases)
     assert run(*train_words(data, tmp_path / "run", kind="plain-unet", steps=2)) != 0
     assert "at least two cases in each part" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ---- 3DMM
+
+
+def volume_words(data, folder, *more, steps=4):
+    "A small 3DMM on the miniature volumes."
+    return ["train", "3dmm", "--data", data, "--fold", 0, "--output", folder, "--widths", 2, 4, "--units", 1, "--crop", 8, "--batch", 2,
+            "--steps", steps, "--device", "cpu", "--save-every", 2, *more]
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    return miniature_volumes.write_volumes(tmp_path_factory.mktemp("volumes") / "set")
+
+
+@pytest.fixture(scope="module")
+def trained3d(volumes, tmp_path_factory):
+    "The folder of a finished run."
+    folder = tmp_path_factory.mktemp("3dmm") / "run"
+    assert run(*volume_words(volumes, folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def ct(tmp_path):
+    "A CT of several slices on a grid of its own."
+    hu = np.random.default_rng(1).normal(-700, 200, (7, 20, 24)).astype(np.float32)
+    volume = mm.Volume(hu, (1.25, 0.7, 0.7), (1, 2, 3), unit="HU")
+    mm.write(tmp_path / "ct.nii.gz", volume)
+    return volume
+
+
+def test_3dmm_trains_predicts_and_scores(volumes, trained3d):
+    from medmatting.volume_sets import volume_set
+
+    names = {path.name for path in trained3d.iterdir()}
+    assert names == {"run.json", "checkpoint.pt", "history.csv", "curves.png", "predictions", "scores.csv", "weights.safetensors"}
+    data, scores, history = volume_set(volumes), pd.read_csv(trained3d / "scores.csv"), pd.read_csv(trained3d / "history.csv")
+    assert tuple(scores.case) == data.split(0).test and len(history) == 4 and history.validation.notna().sum() == 2
+    case = data.case(scores.case[0])
+    alpha = mm.read(trained3d / "predictions" / f"{case.name}.nii.gz")
+    assert scores.sad[0] == pytest.approx(np.abs(alpha.array - case.alpha).sum(), rel=1e-4)
+    net, card = load_network(trained3d / "weights.safetensors")
+    assert net.config["widths"] == [2, 4] and net.config["guided"] and card["input"] == {"hu_range": [-1000, 400], "spacing_mm": 0.5}
+    assert card["recipe"]["crops"]["size"] == [8, 8, 8] and card["recipe"]["recipe"]["steps"] == 4
+
+
+def test_3dmm_killed_and_resumed_ends_with_the_same_weights(volumes, trained3d, tmp_path):
+    words = [str(w) for w in volume_words(volumes, tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-m", "medmatting", *words], stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert run(*words) == 0
+    weights, again = (load_network(folder / "weights.safetensors")[0].state_dict() for folder in (trained3d, tmp_path / "run"))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_3dmm_without_masks_is_another_network(volumes, tmp_path):
+    assert run(*volume_words(volumes, tmp_path / "run", "--no-masks", steps=1)) == 0
+    assert not load_network(tmp_path / "run" / "weights.safetensors")[0].config["guided"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--fold", 4], "split: got 4"),
+    (["--crop", 0], "size: got"),
+    (["--widths", 0, 4], "widths: got"),
+    (["--units", 0], "units: got 0"),
+    (["--size", "large"], "size: got 'large'"),
+    (["--aimed", 2], "aimed: got 2.0"),
+    (["--upsampling", "bilinear"], "--upsampling: got it for 3dmm"),
+    (["--pseudo", "raters"], "--pseudo: got it for 3dmm"),
+    (["--data", "lidc-like"], "which does not exist"),
+])
+def test_refusals_of_3dmm_leave_nothing(volumes, tmp_path, capsys, change, message):
+    assert run(*volume_words(volumes, tmp_path / "run"), *change) == 2
+    assert message in said(capsys) and not (tmp_path / "run").exists()
+
+
+def test_a_2d_network_refuses_options_of_3dmm(data, tmp_path, capsys):
+    assert run(*train_words(data, tmp_path / "run", "--crop", 8)) == 2
+    assert "--crop: got it for region-aware" in said(capsys) and not (tmp_path / "run").exists()
+
+
+def test_3dmm_answers_a_ct_as_the_function_does(trained3d, ct, tmp_path, capsys):
+    from medmatting.predict3d import predict_volume
+
+    words = ["predict", tmp_path / "ct.nii.gz", "--weights", trained3d / "weights.safetensors", "--tile", 8]
+    assert run(*words, "-o", tmp_path / "a.nii.gz", "--overlap", tmp_path / "o.nrrd", "--union", tmp_path / "u.nii.gz") == 0
+    expected = predict_volume(load_network(trained3d / "weights.safetensors")[0], ct, tile=8, overlap=2, maps=("alpha", "overlap", "union"))
+    for path, said_ in zip(("a.nii.gz", "o.nrrd", "u.nii.gz"), expected):
+        made = mm.read(tmp_path / path)
+        assert made.spacing == pytest.approx(ct.spacing) and np.allclose(made.origin, ct.origin) and made.unit == ""
+        np.testing.assert_allclose(made.array, said_.array, atol=1e-6)
+    assert not list(tmp_path.glob(".*")) and "3dmm, weights" in capsys.readouterr().out
+
+
+def test_3dmm_killed_while_predicting_goes_on_from_its_rows(trained3d, ct, tmp_path, monkeypatch):
+    import medmatting.predict3d as module
+
+    words = ["predict", tmp_path / "ct.nii.gz", "--weights", trained3d / "weights.safetensors", "--tile", 8, "-o", tmp_path / "a.nii.gz"]
+    see, seen = module._see_tile, []
+
+    def stop_in_the_second_row(net, volume, box, **settings):
+        seen.append(box[0].start)
+        if len(set(seen)) == 2:
+            raise KeyboardInterrupt
+        return see(net, volume, box, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_see_tile", stop_in_the_second_row)
+        assert run(*words) == 130 and not (tmp_path / "a.nii.gz").exists()
+    rows = list(tmp_path.glob(".a.nii.gz.rows/*/row*.npz"))
+    assert len(rows) == 1
+    count = []
+    monkeypatch.setattr(module, "_see_tile", lambda net, volume, box, **settings: count.append(box[0].start) or see(net, volume, box, **settings))
+    assert run(*words) == 0 and min(count) > 0 and not (tmp_path / ".a.nii.gz.rows").exists()
+    broken = mm.read(tmp_path / "a.nii.gz").array
+    assert run(*words, "--overwrite") == 0
+    np.testing.assert_array_equal(broken, mm.read(tmp_path / "a.nii.gz").array)
+
+
+def test_a_ct_that_says_no_unit_is_known_by_its_air_and_other_volumes_are_refused(trained3d, ct, tmp_path, capsys):
+    words = ["--weights", trained3d / "weights.safetensors", "--tile", 8]
+    mm.write(tmp_path / "plain.nii.gz", ct.with_array(ct.array, unit=""))
+    assert run("predict", tmp_path / "plain.nii.gz", "-o", tmp_path / "p.nii.gz", *words) == 0
+    assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz", *words) == 0
+    np.testing.assert_array_equal(mm.read(tmp_path / "p.nii.gz").array, mm.read(tmp_path / "a.nii.gz").array)
+    hu = ct.array.copy()
+    hu[3, 3, 3] = np.nan
+    wrong = {"mr": (np.abs(ct.array), ""), "scaled": (np.clip((ct.array + 1000) / 1400, 0, 1), "HU"), "nan": (hu, "HU")}
+    capsys.readouterr()
+    for name, (array, unit) in wrong.items():
+        mm.write(tmp_path / f"{name}.nii.gz", ct.with_array(array, unit=unit))
+        assert run("predict", tmp_path / f"{name}.nii.gz", "-o", tmp_path / "n.nii.gz", *words) == 2
+        assert said(capsys).startswith("medmatting: ct: got") and not (tmp_path / "n.nii.gz").exists()
+    mm.write(tmp_path / "colour.png", np.zeros((9, 9, 3), np.uint8))
+    assert run("predict", tmp_path / "colour.png", "-o", tmp_path / "n.nii.gz", *words) == 2 and "a volume (D, H, W)" in said(capsys)
+
+
+def test_volumes_smaller_than_what_3dmm_sees_are_answered(trained3d, tmp_path):
+    hu = np.random.default_rng(1).normal(-700, 200, (2, 1, 3)).astype(np.float32)
+    mm.write(tmp_path / "ct.nii.gz", mm.Volume(hu, (0.5, 0.5, 0.5), unit="HU"))
+    assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz", "--weights", trained3d / "weights.safetensors") == 0
+    alpha = mm.read(tmp_path / "a.nii.gz").array
+    assert alpha.shape == (2, 1, 3) and 0 <= alpha.min() <= alpha.max() <= 1
+
+
+def test_maps_that_a_network_does_not_make_and_places_that_collide_are_refused(trained3d, weights, ct, picture, tmp_path, capsys):
+    volume = ["predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz", "--weights", trained3d / "weights.safetensors"]
+    image = ["predict", tmp_path / "in.png", "-o", tmp_path / "a.png", "--weights", weights / "region-aware.safetensors"]
+    for words, message in (([*volume, "--uncertainty", tmp_path / "u.nii.gz"], "--uncertainty: got it with weights of 3dmm"),
+                           ([*image, "--union", tmp_path / "u.png"], "--union: got it with weights of region-aware"),
+                           ([*volume, "--union", tmp_path / "a.nii.gz"], "another place than --output"),
+                           ([*volume, "--union", tmp_path / "u.nii.gz", "--overlap", tmp_path / "u.nii.gz"], "the other maps"),
+                           ([*volume, "--tile", 0], "tile, overlap"),
+                           ([*volume, "--trimap", tmp_path / "ct.nii.gz"], "leave out --trimap"),
+                           ([*volume[:3], tmp_path / "a.png", *volume[4:]], "a volume of 7 slices")):
+        assert run(*words) == 2 and message in said(capsys)
+    assert not list(tmp_path.glob("[au].*")) and not list(tmp_path.glob(".*"))
+
+
+def test_damaged_weights_and_weights_of_another_network_are_refused(trained3d, ct, tmp_path, capsys):
+    good = (trained3d / "weights.safetensors").read_bytes()
+    net, card = load_network(trained3d / "weights.safetensors")
+    (tmp_path / "short.safetensors").write_bytes(good[:-100])
+    net.config = {**net.config, "widths": [2, 6]}
+    save_weights(tmp_path / "other.safetensors", net, card)
+    net.kind = "4dmm"
+    save_weights(tmp_path / "kind.safetensors", net, card)
+    for name, message in (("short", "not a whole weights file"), ("other", "does not fit the network '3dmm'"), ("kind", "a network '4dmm'")):
+        assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz", "--weights", tmp_path / f"{name}.safetensors") == 2
+        assert message in said(capsys) and not (tmp_path / "a.nii.gz").exists()
+
+
+def test_a_folder_of_cts_goes_on_past_a_bad_one_and_resumes(trained3d, ct, tmp_path, capsys):
+    folder, out = tmp_path / "cts", tmp_path / "alphas"
+    for name in ("a", "b"):
+        mm.write(folder / f"{name}.nii.gz", ct)
+    (folder / "b.nii.gz").write_bytes(b"nothing")
+    words = ["predict", folder, "-o", out, "--union", tmp_path / "unions", "--weights", trained3d / "weights.safetensors", "--tile", 8]
+    assert run(*words) == 1 and "b.nii.gz" in said(capsys)
+    assert [p.name for p in out.iterdir()] == [p.name for p in (tmp_path / "unions").iterdir()] == ["a.nii.gz"]
+    mm.write(folder / "b.nii.gz", ct)
+    assert run(*words) == 0 and "2 images, 1 done before" in capsys.readouterr().out
+
+
+def test_a_dicom_series_goes_in_and_a_segmentation_comes_out(trained3d, tmp_path, capsys):
+    miniature_dicom.series(tmp_path / "series", n=6)
+    words = ["predict", tmp_path / "series", "--weights", trained3d / "weights.safetensors"]
+    assert run(*words, "-o", tmp_path / "alpha.dcm", "--segment", "lung nodule") == 0
+    assert run(*words, "-o", tmp_path / "alpha.nii.gz") == 0
+    stored, alpha = mm.read(tmp_path / "alpha.dcm"), mm.read(tmp_path / "alpha.nii.gz")
+    np.testing.assert_allclose(stored.array, alpha.array, atol=0.5 / 255 + 1e-6)
+    assert np.allclose(stored.origin, alpha.origin, atol=1e-4)
+    assert run("predict", tmp_path / "series", "-o", tmp_path / "b.dcm", "--weights", trained3d / "weights.safetensors", "--segment", "cloud") == 2
+    assert "segment" in said(capsys) and not (tmp_path / "b.dcm").exists()

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from medmatting.checks import InputError
+from medmatting.hounsfield import scale_hu
 from medmatting.matting3d import Matting3D
 from medmatting.predict import spread
 from medmatting.predict3d import predict_volume
-from medmatting.recipes3d import Crops, Objective3D, Prepare3D, make_sample3d, paper_recipe3d, scale_hu
+from medmatting.recipes3d import Crops, Objective3D, Prepare3D, make_sample3d, paper_recipe3d
 from medmatting.train import TrainingError, train
 from medmatting.volumes import Volume
 
@@ -132,10 +133,24 @@ def test_rows_of_other_weights_are_not_used(tmp_path):
     assert all(np.array_equal(kept, fresh) for kept, fresh in answers) and not np.array_equal(answers[0][0], answers[1][0])
 
 
+def test_a_damaged_row_is_made_again(tmp_path):
+    ct = Volume(np.random.default_rng(0).normal(-500, 100, (12, 12, 12)).astype(np.float32), (1.0, 1.0, 1.0), unit="HU")
+    net = Matting3D(**SMALL).eval()
+    whole = predict_volume(net, ct, tile=12, overlap=3, work=tmp_path).alpha.array
+    rows = sorted(tmp_path.rglob("row*.npz"))
+    rows[0].write_bytes(rows[0].read_bytes()[:100])
+    rows[1].write_bytes(b"")
+    assert np.array_equal(predict_volume(net, ct, tile=12, overlap=3, work=tmp_path).alpha.array, whole)
+
+
 def test_refusals_name_what_came():
     net, array = Matting3D(**SMALL).eval(), np.zeros((4, 4, 4), np.float32)
     for call, told in ((lambda: predict_volume(net, array), "spacing"), (lambda: predict_volume(net, Volume(array, (1, 1, 1))), "HU"),
                        (lambda: predict_volume(net, array * np.nan, spacing=(1, 1, 1)), "ct"), (lambda: predict_volume(torch.nn.Identity(), array), "3dmm"),
-                       (lambda: Crops((0, 4, 4)), "size"), (lambda: make_sample3d("x", array, array + 2, array[None] > 0), "alpha")):
+                       (lambda: Crops((0, 4, 4)), "size"), (lambda: make_sample3d("x", array, array + 2, array[None] > 0), "alpha"),
+                       (lambda: predict_volume(net, array + np.linspace(0, 1, 4, dtype=np.float32), spacing=(1, 1, 1)), r"scaled to \[0, 1\] already"),
+                       (lambda: predict_volume(net, array.astype(np.uint8), spacing=(1, 1, 1)), "signed integers or floats"),
+                       (lambda: predict_volume(net, array - 500, spacing=(1, 1, 1), hu_range=(400, -1000)), "hu_range"),
+                       (lambda: make_sample3d("x", array + np.linspace(0, 1, 4, dtype=np.float32), array, array[None] > 0), "x: got")):
         with pytest.raises(InputError, match=told):
             call()
