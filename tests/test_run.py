@@ -143,6 +143,20 @@ def test_the_fingerprint_follows_content_only(tmp_path, monkeypatch):
     assert first not in others and len(set(others)) == len(others)
 
 
+def test_what_an_experiment_collects_is_part_of_its_fingerprint(tmp_path):
+    source = "figures/quick/other/table.csv"
+    root = repository(tmp_path, {"good": notebook(GOOD, parameters=f'out_dir = ""\nvalue = "{source}"')}, good={"parameters": {"quick": {}, "full": {"value": 2}}})
+    marks, file = [mark(root)], root / source
+    file.parent.mkdir(parents=True)
+    for text in ("a", "b"):
+        file.write_text(text)
+        marks.append(mark(root))
+    assert len(set(marks)) == 3
+    old, new = ({"published": {source: text}} for text in ("1", "2"))
+    assert run.why(old, new) == f"changed: published ({source})"
+    assert "published" not in run.made_from(item_of(root), "full", root)
+
+
 def test_the_reason_names_what_changed(tmp_path):
     root = repository(tmp_path, {"good": notebook(GOOD)})
     old, new = (run.made_from(item_of(root), profile, root) for profile in ("quick", "full"))
