@@ -34,11 +34,18 @@ def _fold(first, last, lists, links, corner, grid, number, known, anchor, pull):
 
 
 @kernel
-def _fold_known(rows, indices, links, corner, grid, number, known, anchor, pull):
-    "The same for the lists of known voxels: a free neighbour is tied to the known voxel that lists it."
+def _enter(rows, indices, links, corner, grid, number, known, lists, kept, anchor, pull):
+    "The list of a free voxel goes to its row; the free voxels in the list of a known one are tied to it."
     for i in range(rows.size):
+        own = _number(rows[i], corner, grid, number)
         for k in range(indices.shape[1]):
-            j, link = _number(indices[i, k], corner, grid, number), links[i, k] if links.size else 1.0
+            link = links[i, k] if links.size else 1.0
+            if own >= 0:
+                lists[own, k] = indices[i, k]
+                if links.size:
+                    kept[own, k] = link
+                continue
+            j = _number(indices[i, k], corner, grid, number)
             if j >= 0:
                 anchor[j] += link
                 pull[j] += link * known[rows[i]]
@@ -138,7 +145,7 @@ def _groups(start, end):
     return parent
 
 # %% ../nbs/15_knn.ipynb #15ccd3c5
-SLAB = 40_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
+SLAB = 20_000  # rows for which a slab of its own pays; at most 8 slabs, whatever the number of threads
 KERNELS = ("binary", "linear")
 
 
@@ -166,18 +173,15 @@ class KNN(HostSystem):
     def _find_edges(self, problem, searches, kernel):
         "Search, tie free voxels to known ones (anchor, rhs) and to each other (first, end, weight)."
         linear, channels, known = kernel == "linear", problem.image.shape[3], problem.known.ravel()
-        for k, weight in searches if not self.free.all() else ():
-            near = reachable(problem, ~self.free, self.free, k, weight)
-            found = nearest(problem, near, k, weight, distances=linear)
-            _fold_known(found.rows, found.indices, _links(found, channels), *_numbered(self.free), known, self.anchor, self.rhs)
         n, total = self.rhs.size, sum(k for k, _ in searches)
         end, weights = np.empty(n * total, np.int32), np.empty(n * total, float if linear else np.uint8)
         lists, links = end.reshape(n, total), np.empty((n if linear else 0, total))
         for (k, weight), stop in zip(searches, np.cumsum([k for k, _ in searches])):
-            for rows, part in in_parts(self.free):
-                found = nearest(problem, part, k, weight, distances=linear, out=lists[rows, stop - k : stop])
-                if linear:
-                    links[rows, stop - k : stop] = _links(found, channels)
+            asked = self.free if self.free.all() else self.free | reachable(problem, ~self.free, self.free, k, weight)
+            for _, part in in_parts(asked):
+                found, place = nearest(problem, part, k, weight, distances=linear), np.s_[:, stop - k : stop]
+                _enter(found.rows, found.indices, _links(found, channels), *_numbered(self.free), known, lists[place], links[place],
+                       self.anchor, self.rhs)
         del found
         run_chunks(_fold, -(-n // ROWS), lists, links, *_numbered(self.free), known, self.anchor, self.rhs)
         run_chunks(_merge, -(-n // ROWS), lists, links, weights.reshape(n, total))
@@ -217,7 +221,8 @@ class KNN(HostSystem):
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
         "out = A p; returns p'A p."
         sums = np.empty(-(-p.size // CHUNK))
-        run_chunks(_apply_edges, self.low.size, self.cuts, self.low, self.place, self.first, self.end, self.weight, p, self.parts)
+        run_chunks(_apply_edges, self.low.size, self.cuts, self.low, self.place, self.first, self.end, self.weight, p, self.parts,
+                   share=1)
         run_chunks(_collect, sums.size, self.low, self.place, self.anchor, p, self.parts, out, sums)
         return float(sums.sum())
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from medmatting import bench
+from medmatting.checks import InputError
 
 
 @pytest.fixture()
@@ -25,9 +26,9 @@ def test_measure_reports_the_case(small):
 
 def test_methods_of_one_energy_agree(small):
     image, trimap = small["small"]
-    ours, matrix, ichol = (bench.METHODS[name].run(image, trimap) for name in ("medmatting cf", *bench.ON_VOLUMES[4:6]))
-    assert abs(matrix.alpha.clip(0, 1) - ours.alpha).max() < 1e-4 and abs(ichol.alpha.clip(0, 1) - ours.alpha).max() < 1e-4
-    assert max(matrix.residual, ichol.residual) <= 1e-6 and ichol.iterations < matrix.iterations
+    ours, matrix, ichol, naive = (bench.METHODS[name].run(image, trimap) for name in ("medmatting cf", *bench.ON_VOLUMES[4:7]))
+    assert all(abs(other.alpha.clip(0, 1) - ours.alpha).max() < 1e-4 for other in (matrix, ichol, naive))
+    assert max(matrix.residual, ichol.residual, naive.residual) <= 1e-6 and ichol.iterations < matrix.iterations
     image, trimap = small["photo"]
     ours, theirs = (bench.METHODS[f"{name} cf"].run(image, trimap) for name in ("medmatting", "PyMatting"))
     assert abs(ours.alpha - theirs.alpha).mean() < 1e-3 and theirs.iterations > 0
@@ -50,6 +51,14 @@ def test_slices_that_pymatting_cannot_solve_are_not_counted():
     trimap = np.stack([np.tile(row, (12, 1)), np.full((12, 12), 128, np.uint8)])
     answer = bench.METHODS["PyMatting cf"].run(np.random.default_rng(0).random(trimap.shape), trimap)
     assert answer.note == "1 of 2 slices" and np.isnan(answer.alpha[1]).all() and np.isfinite(answer.alpha[0]).all()
+
+
+def test_the_naive_form_is_left_out_where_it_does_not_fit(monkeypatch):
+    monkeypatch.setattr(bench, "naive_matrix", lambda image: pytest.fail("tried all the same"))
+    monkeypatch.setattr(bench, "_memory_gb", lambda: 20.0)
+    image, trimap = bench.CASES["nodule, thin band"].make()
+    with pytest.raises(bench.LeftOut, match="718 million triplets and their sums need 20.1 GB"):
+        bench.run_naive(image, trimap)
 
 
 def test_memory_that_is_taken_is_seen():
@@ -92,6 +101,39 @@ def test_rows_are_kept_and_failures_are_not(tmp_path, monkeypatch):
     assert bench.kept(tmp_path, "measure", "a", "b") == (dict(seconds=1.0, megabytes=2.0), True) and len(asked) == 2
 
 
+def test_some_rows_alone_are_kept_and_can_be_measured_again(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def answer(name, *job):
+        asked.append(job)
+        return result(*job, seconds=float(len(asked)), solved=100)
+
+    monkeypatch.setattr(bench, "in_own_process", answer)
+    monkeypatch.setattr(bench, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(bench, "key", lambda: "key")
+    monkeypatch.setattr(bench, "_memory_gb", lambda: 64.0)
+    case, method = "photograph 512², colour", "PyMatting knn"
+    chosen = ["--case", case, "--method", method, "--method", "medmatting knn"]
+    assert bench.main(chosen) == bench.main(chosen) == 0
+    assert asked == [(case, "medmatting knn"), (case, method)] and "(kept)" in capsys.readouterr().out
+    assert bench.main([*chosen[:4], "--again"]) == 0 and asked[2:] == [(case, method)]
+    assert not (tmp_path / "figures").exists()  # published files belong to a complete run
+    kept_rows = bench.measure_all(tmp_path / "build/bench/key", {case: bench.Case(None, (method,))})
+    assert kept_rows[0]["seconds"] == 3.0 and len(asked) == 3
+
+
+@pytest.mark.parametrize("chosen", [["--case", "nothing"], ["--method", "nothing"]])
+def test_rows_that_do_not_exist_are_refused(chosen):
+    with pytest.raises(SystemExit):
+        bench.main(chosen)
+
+
+def test_a_method_that_a_case_does_not_have_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "find_root", lambda: tmp_path)
+    with pytest.raises(InputError, match="^method: "):
+        bench.main(["--case", "one nodule in 64³", "--method", "PyMatting knn"])
+
+
 def test_key_follows_the_sources(monkeypatch):
     before = bench.key()
     assert before == bench.key()
@@ -126,7 +168,7 @@ def test_tables_and_plots_are_written(tmp_path, monkeypatch):
     folder = tmp_path / "figures/bench"
     records = {f"{name}.provenance.json" for name in bench.OUTPUTS}
     assert {p.name for p in folder.iterdir()} == {*bench.OUTPUTS, *records} and [p.name for p in tmp_path.iterdir()] == ["figures"]
-    assert len(table) == 2 * len(bench.ON_VOLUMES) + 4 * len(bench.ON_PHOTOGRAPHS)
+    assert len(table) == 2 * len(bench.ON_VOLUMES) + 2 * len(bench.IN_AN_EIGHTH) + 4 * len(bench.ON_PHOTOGRAPHS)
     text = (folder / "bench.md").read_text()
     assert "| nodule, thin band | medmatting cf |" in text and "not here" in text
     page = bench.last_run(tmp_path)

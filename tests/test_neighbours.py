@@ -134,6 +134,7 @@ def test_reachable_misses_nobody_where_a_short_walk_cannot_tell(levels, monkeypa
     wanted[..., 8:] = False
     found = nearest(problem, ~wanted, 6, 1e-3)
     has_one = wanted.ravel()[found.indices].any(axis=1)
+    monkeypatch.setattr(module, "LONG", 1600)  # to the end of the image
     counts = []
     for price in (0, 10**9):  # the distance to the nearest wanted voxel is left out, or asked of a tree
         monkeypatch.setattr(module, "FIRST", price)
