@@ -324,3 +324,15 @@ def test_the_model_for_skin_sees_a_lesion_it_was_not_trained_on():
     alpha = predict(net, photograph.image, zoom=suitable_zoom(card, photograph.mask.shape)).alpha
     assert alpha[photograph.mask].mean() > alpha[~photograph.mask].mean() + 0.3
 
+
+def test_3dmm_is_read_back_and_does_not_answer_slices(tmp_path):
+    from medmatting.matting3d import Matting3D
+
+    net = Matting3D(widths=(2, 4), units=1, guided=False)
+    save_weights(tmp_path / "w.safetensors", net, CARD)
+    again, _ = load_network(tmp_path / "w.safetensors")
+    volume = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(volume).alpha, net.eval()(volume).alpha)
+    with pytest.raises(InputError, match="predict_volume"):
+        predict(again, np.zeros((8, 8), np.float32))
