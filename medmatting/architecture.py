@@ -168,6 +168,7 @@ class Diagram:
         if via is not None:
             (x0, _), (x1, _) = points
             points = [points[0], (x0, via), (x1, via), points[1]]
+            points = [p for p, before in zip(points, [None, *points]) if before is None or max(abs(p[0] - before[0]), abs(p[1] - before[1])) > 1e-6]
         style = dict(arrowstyle="-|>,head_length=0.25,head_width=0.12", color=colour, linewidth=0.8, linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0)
         self.ax.plot(*zip(*points[:-1]), color=colour, linewidth=0.8, linestyle=style["linestyle"], solid_joinstyle="round")
         self.ax.annotate("", points[-1], points[-2], arrowprops=style)

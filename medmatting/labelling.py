@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .checks import atomic_path, describe, refuse
+from .checks import WriteError, atomic_path, describe, refuse
 from .files import read, write
 from .hounsfield import Window
 from .lidc import nodule, nodules
@@ -253,6 +253,15 @@ def _reason(error: Exception) -> str:
     "What went wrong, in one line."
     return " ".join(str(error).split()) or type(error).__name__
 
+
+def _kept_record(path: Path, made_from: dict, record: dict, status: str) -> tuple[dict, str]:
+    "Store the record of a candidate; where that fails, for example because the disk is full, the candidate has failed."
+    try:
+        _write_record(path, {"made_from": made_from, **record})
+    except WriteError as error:
+        return {"reason": _reason(error)}, "failed"
+    return record, status
+
 # %% ../nbs/47_labelling.ipynb #cca0c706
 def label_case(
     labelling: Labelling,
@@ -278,7 +287,7 @@ def label_case(
                 record, status = _solve(labelling, name, method, image, trimap), "computed"
             except Exception as error:
                 record, status = {"reason": _reason(error)}, "failed"
-            _write_record(path, {"made_from": made_from, **record})
+            record, status = _kept_record(path, made_from, record, status)
         rows.append(_row(name, method, status, record))
     return rows
 
@@ -312,9 +321,10 @@ def _in_processes(labelling: Labelling, todo: list, workers: int):
 # %% ../nbs/47_labelling.ipynb #263255de
 def make_candidates(
     labelling: Labelling,
-    sources: Sequence[Source] = (),  # cases to add; those that were prepared before take part anyway
+    sources: Sequence[Source] = (),  # cases to add
     workers: int = 1,  # processes; 1 computes in this one
     progress: bool = True,  # a bar over the cases
+    others: bool = True,  # whether cases that were prepared before take part too
 ):  # pandas.DataFrame with a row for each candidate: case, method, status, unknown, iterations, residual, seconds, reason
     "Candidate mattes of all cases; failures are listed in the table and never stop the rest."
     import pandas as pd
@@ -325,7 +335,7 @@ def make_candidates(
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         refuse("sources", "a name twice", "a name of its own for each case", "rename the folders")
-    todo = [*sources, *(name for name in labelling.cases() if name not in names)]
+    todo = [*sources, *(name for name in labelling.cases() if others and name not in names)]
     parts = (label_case(labelling, source) for source in todo) if workers == 1 else _in_processes(labelling, todo, workers)
     rows = []
     with tqdm(total=len(todo), desc="cases", disable=not progress) as bar:

@@ -124,7 +124,7 @@ def save_animation(
     if not 0.02 <= seconds <= 10 or not 1 <= quality <= 100:
         refuse("seconds, quality", f"{seconds!r}, {quality!r}", "0.02 to 10 s, 1 to 100", "take the defaults")
     first, *rest = map(Image.fromarray, frames)
-    options = dict(quality=quality, method=6) if path.suffix == ".webp" else dict(optimize=True)
+    options = dict(quality=quality) if path.suffix == ".webp" else dict(optimize=True)
     with atomic_path(path) as temporary:
         first.save(temporary, path.suffix[1:].upper(), save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0, **options)
 
