@@ -1,7 +1,13 @@
 """Samples, crops, recipe and prediction of 3DMM."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+import toy_training3d
 import torch
 
 from medmatting.checks import InputError
@@ -154,3 +160,27 @@ def test_refusals_name_what_came():
                        (lambda: make_sample3d("x", array + np.linspace(0, 1, 4, dtype=np.float32), array, array[None] > 0), "x: got")):
         with pytest.raises(InputError, match=told):
             call()
+
+
+def started(command, tmp_path):
+    "Weights that the processes of a command write down."
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, str(Path(__file__).parent / "toy_training3d.py"), str(tmp_path / "two"), str(tmp_path / "two.pt")],
+                           env=env, capture_output=True, text=True, timeout=500)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return torch.load(tmp_path / "two.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("starter", ["spawned", "torchrun"])
+def test_two_processes_equal_one_with_batch_normalisation(tmp_path, starter):
+    command = [sys.executable] if starter == "spawned" else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torch.manual_seed(0)
+    before, alone = Objective3D(Matting3D(**SMALL)).state_dict(), toy_training3d.run(tmp_path / "alone").state_dict()
+    two = started(command, tmp_path)
+    history = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["history"] for name in ("alone", "two")]
+    for one, other in zip(*history, strict=True):  # sums of two halves are rounded otherwise than a sum of all
+        assert other == pytest.approx(one, rel=2e-5)
+    assert len(history[0]) == 4 and two.keys() == alone.keys()
+    for name in (name for name in two if name.endswith("weight")):  # a bias before a normalisation has no gradient but rounding
+        assert (alone[name] - before[name]).abs().max() > 1e-4, name
+        torch.testing.assert_close(two[name], alone[name], rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
