@@ -196,24 +196,26 @@ def nodule_inputs(
 # %% ../nbs/49_malignancy.ipynb #a779119a
 def kept_inputs(
     nodule: RatedNodule,
-    names: Sequence[str],
+    names: Sequence[str],  # keys of INPUTS that the file holds
     side: int,
     pool: int,
     folder: Path,  # takes a file for each nodule
+    wanted: Sequence[str] | None = None,  # those to be read; None: all
 ) -> dict[str, np.ndarray]:  # as `nodule_inputs`, rounded to 1/65535
     "Inputs of a nodule, made once."
     path, made_from = folder / f"{nodule.name}.npz", json.dumps([__version__, list(names), side, pool])
+    wanted = names if wanted is None else wanted
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["made_from"]) == made_from:
-                return {name: file[name].astype(np.float32) / 65535 for name in names}
+                return {name: file[name].astype(np.float32) / 65535 for name in wanted}
     except (OSError, ValueError, KeyError, EOFError, zlib.error, BadZipFile):
         pass  # not there, or half a file
     stored = {name: np.round(image * 65535).astype(np.uint16) for name, image in nodule_inputs(nodule, names, side, pool).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, made_from=made_from, **stored)
-    return {name: image.astype(np.float32) / 65535 for name, image in stored.items()}
+    return {name: stored[name].astype(np.float32) / 65535 for name in wanted}
 
 # %% ../nbs/49_malignancy.ipynb #c8e39207
 def logistic(

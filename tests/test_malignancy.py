@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import torch
+from build import NBS
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -181,39 +183,48 @@ def test_inputs_are_kept_and_made_again_when_they_are_not_whole(tmp_path, monkey
         assert all(np.array_equal(kept_inputs(nodule, names, 64, 2, tmp_path)[name], first[name]) for name in names)
     path.write_bytes(path.read_bytes()[:-200])
     assert np.array_equal(kept_inputs(nodule, names, 64, 2, tmp_path)["gt"], first["gt"])
+    assert list(kept_inputs(nodule, names, 64, 2, tmp_path, ["gt"])) == ["gt"] and kept_inputs(nodule, names, 64, 2, tmp_path, []) == {}
     assert kept_inputs(nodule, names, 64, 1, tmp_path)["gt"].shape == (64,) * 3
 
 
 # ---- a converted archive
 
 
-@pytest.fixture
-def archive(tmp_path):
-    "What `medmatting data lidc` leaves for three nodules, one of them left out, and a labelled set of one."
-    rows = [dict(nodule=f"P{k}_nodule1", patient=f"P{k}", diameter_mm=6.0, malignancy="4 5 ? 4", texture="5 5 5 5", margin="4 4 4 4", spiculation="1 1 1 1",
-                 status="kept" if k < 2 else "left out") for k in range(3)]  # fmt: skip
-    for k, row in enumerate(rows[:2]):
-        voxels, place = small_voxels(k), tmp_path / "lidc" / "cases" / row["nodule"]
+def write_archive(folder, kept, left_out=0, labelled=()):
+    "What `medmatting data lidc` leaves for some nodules, one for each patient, and a labelled set of some of them."
+    name = lambda k: f"P{k:02d}_nodule1"
+    rows = [dict(nodule=name(k), patient=f"P{k:02d}", diameter_mm=6.0 + 0.1 * k, malignancy="4 5 ? 4" if k % 2 else "1 2 2 1", texture=f"5 5 5 {1 + k % 5}",
+                 margin=f"4 4 4 {1 + k % 4}", spiculation="1 1 1 1", status="kept" if k < kept else "left out") for k in range(kept + left_out)]  # fmt: skip
+    for k in range(kept):
+        voxels, place = small_voxels(k), folder / "lidc" / "cases" / name(k)
         write(place / "image.nii.gz", voxels.ct)
         write(place / "trimap.nii.gz", voxels.ct.with_array(voxels.trimap, unit=""))
         for r, mask in enumerate(voxels.masks, 1):
             write(place / f"rater{r}.nii.gz", voxels.ct.with_array(mask.astype(np.uint8), unit=""))
-    pd.DataFrame(rows).to_csv(tmp_path / "lidc" / "nodules.csv", index=False)
-    place, ct = tmp_path / "set" / "P1_nodule1", small_voxels(1).ct
-    for name, array in (("image", ct.array), ("alpha", small_voxels(1).alpha), ("trimap", small_voxels(1).trimap)):
-        write(place / f"{name}.nii.gz", ct.with_array(array, unit=""))
-    row = dict.fromkeys(COLUMNS, "") | dict(case="P1_nodule1", accepted=True, method="cf+", raters=0, alpha_sha256=sha256_of(place / "alpha.nii.gz"))
-    pd.DataFrame([row]).to_csv(tmp_path / "set" / "cases.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "lidc" / "nodules.csv", index=False)
+    lines = []
+    for k in labelled:
+        voxels, place = small_voxels(k), folder / "set" / name(k)
+        for part, array in (("image", voxels.ct.array), ("alpha", voxels.alpha), ("trimap", voxels.trimap)):
+            write(place / f"{part}.nii.gz", voxels.ct.with_array(array, unit=""))
+        lines.append(dict.fromkeys(COLUMNS, "") | dict(case=name(k), accepted=True, method="cf+", raters=0, alpha_sha256=sha256_of(place / "alpha.nii.gz")))
+    pd.DataFrame(lines, columns=COLUMNS).to_csv(folder / "set" / "cases.csv", index=False)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    "Two nodules, a third that was left out, and a label for the second."
+    write_archive(tmp_path, 2, 1, [1])
     return tmp_path
 
 
 def test_a_converted_archive_gives_the_same_inputs(archive):
     plain = archive_nodules(archive / "lidc")
-    assert [(n.name, n.patient, is_malignant(n.ratings["malignancy"])) for n in plain] == [("P0_nodule1", "P0", True), ("P1_nodule1", "P1", True)]
+    assert [(n.name, n.patient, is_malignant(n.ratings["malignancy"])) for n in plain] == [("P00_nodule1", "P00", False), ("P01_nodule1", "P01", True)]
     assert plain[0].volume_mm3 == pytest.approx(4 / 3 * np.pi * 27)
     (labelled,) = archive_nodules(archive / "lidc", archive / "set")
     voxels, expected = labelled.voxels(), small_voxels(1)
-    assert labelled.name == "P1_nodule1" and np.array_equal(voxels.masks, expected.masks) and np.array_equal(voxels.trimap, expected.trimap)
+    assert labelled.name == "P01_nodule1" and np.array_equal(voxels.masks, expected.masks) and np.array_equal(voxels.trimap, expected.trimap)
     np.testing.assert_allclose(voxels.alpha, expected.alpha, atol=1e-5)
     for name in ("ct", "union", "cf_plus"):
         np.testing.assert_allclose(input_map(name, voxels, "P1"), input_map(name, expected, "P1"), atol=2e-3)
@@ -223,6 +234,18 @@ def test_a_converted_archive_gives_the_same_inputs(archive):
     assert all(abs(places[0] + places[-1] - 31) <= 1 for places in middle)
     with pytest.raises(InputError, match="gt"):
         nodule_inputs(plain[0], ["gt"], side=32, pool=1)
+
+
+def test_with_lidc_the_notebook_is_the_experiment(tmp_path):
+    write_archive(tmp_path, 20, labelled=range(20))
+    values = dict(out_dir=str(tmp_path), lidc=str(tmp_path / "lidc"), labelled=str(tmp_path / "set"), side=32, pool=1, inputs=["mean", "gt"], seeds=[0, 1],
+                  steps=2, warmup=1, batch=4, resamples=100, device="cpu", runs_dir=str(tmp_path / "runs"))  # fmt: skip
+    papermill.execute_notebook(NBS / "experiments" / "malignancy.ipynb", tmp_path / "done.ipynb", values, progress_bar=False)
+    measures = pd.read_csv(tmp_path / "measures.csv").set_index("measure")
+    assert {"td.f5.resnet34.mean.auroc", "td.f5.resnet34.gt.auroc"} <= set(measures.index) and (measures.data == "lidc_idri").all()
+    cases = pd.read_csv(tmp_path / "cases.csv")
+    assert cases.patient.str.fullmatch(r"P\d\d").all() and set(cases.input) == {"mean", "gt"} and cases.probability.between(0, 1).all()
+    assert "simulated" not in "".join((tmp_path / f"{name}.md").read_text() for name in ("auroc", "labels", "orderings", "ratings"))
 
 
 def test_a_folder_that_is_no_archive_is_refused(archive):
