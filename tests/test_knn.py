@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import spsolve
 
-from medmatting import linear
+from medmatting import knn, linear
 from medmatting.checks import InputError
 from medmatting.energy import Problem
 from medmatting.knn import KNN, SLAB, default_weights, solve
+from medmatting.neighbours import in_parts
 from problems import make_problem, noisy
 
 
@@ -120,6 +121,16 @@ def test_result_does_not_depend_on_threads(monkeypatch):
         monkeypatch.setenv("NUMBA_NUM_THREADS", str(threads))
         results.append(solve(problem, 1e-6, 1000).alpha)
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kernel", ["binary", "linear"])
+def test_known_and_free_voxels_may_be_asked_in_parts(kernel, monkeypatch):
+    problem = noisy((3, 10, 24))
+    whole = KNN(problem, kernel=kernel)
+    monkeypatch.setattr(knn, "in_parts", lambda asked: in_parts(asked, 37))
+    parts = KNN(problem, kernel=kernel)
+    assert all(np.array_equal(getattr(whole, name), getattr(parts, name)) for name in ("first", "end", "weight"))
+    assert np.allclose(whole.anchor, parts.anchor, rtol=1e-13) and np.allclose(whole.rhs, parts.rhs, rtol=1e-13)
 
 
 def test_agrees_with_an_exact_solution():

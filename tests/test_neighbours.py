@@ -76,6 +76,28 @@ def test_equals_brute_force(search, reach, price):
         displacements.cache_clear()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_tree_alone_equals_brute_force(data):
+    "Leaves full and not, nodes without a leaf, duplicate points, axes of length 1, one to four channels; no bound from a walk."
+    shape = data.draw(st.sampled_from([(1, 1, 1), (1, 1, 33), (1, 13, 17), (17, 1, 3), (5, 6, 7), (4, 4, 4)]))
+    channels, levels = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 4, 1000]))
+    random = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    problem = make_problem(random.integers(0, levels, (*shape, channels)) / levels, data.draw(st.sampled_from([(1.0,) * 3, (40.0, 0.3, 1.0)])))
+    targets, weight = random.random(shape) < data.draw(st.sampled_from([0.1, 0.5, 1.0])), data.draw(st.sampled_from([1e-9, 0.02, 1.0]))
+    targets.flat[0] = True
+    include_self, queries = data.draw(st.booleans()), random.random(shape) < 0.3
+    neighbours = data.draw(st.integers(1, 10))
+    if not queries.any() or neighbours > targets.sum() - (not include_self):
+        return
+    scale, rows = tuple(weight * s for s in problem.spacing), np.flatnonzero(queries)
+    found, squares = np.empty((rows.size, neighbours), np.int32), np.empty((rows.size, neighbours))
+    tree = module.Tree(problem, np.flatnonzero(targets), scale)
+    module._climb(problem, tree, scale, include_self, rows, np.arange(rows.size), np.full(rows.size, module.FAR), found, squares)
+    _, indices, distances = brute_force(problem, queries, neighbours, weight, targets, include_self)
+    assert np.array_equal(found, indices) and np.array_equal(squares, distances)
+
+
 @pytest.mark.parametrize("levels", [1, 3, 0])
 def test_walk_and_tree_agree_on_a_larger_image(levels, monkeypatch):
     random = np.random.default_rng(levels)
