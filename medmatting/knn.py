@@ -174,16 +174,17 @@ class KNN(HostSystem):
         "Search, tie free voxels to known ones (anchor, rhs) and to each other (first, end, weight)."
         linear, channels, known = kernel == "linear", problem.image.shape[3], problem.known.ravel()
         n, total = self.rhs.size, sum(k for k, _ in searches)
+        asked = [self.free if self.free.all() else self.free | reachable(problem, ~self.free, self.free, *search) for search in searches]
         end, weights = np.empty(n * total, np.int32), np.empty(n * total, float if linear else np.uint8)
-        lists, links = end.reshape(n, total), np.empty((n if linear else 0, total))
+        lists, links, numbered = end.reshape(n, total), np.empty((n if linear else 0, total)), _numbered(self.free)
         for (k, weight), stop in zip(searches, np.cumsum([k for k, _ in searches])):
-            asked = self.free if self.free.all() else self.free | reachable(problem, ~self.free, self.free, k, weight)
-            for _, part in in_parts(asked):
+            for _, part in in_parts(asked.pop(0)):
                 found, place = nearest(problem, part, k, weight, distances=linear), np.s_[:, stop - k : stop]
-                _enter(found.rows, found.indices, _links(found, channels), *_numbered(self.free), known, lists[place], links[place],
+                _enter(found.rows, found.indices, _links(found, channels), *numbered, known, lists[place], links[place],
                        self.anchor, self.rhs)
-        del found
-        run_chunks(_fold, -(-n // ROWS), lists, links, *_numbered(self.free), known, self.anchor, self.rhs)
+        del found, part
+        run_chunks(_fold, -(-n // ROWS), lists, links, *numbered, known, self.anchor, self.rhs)
+        del numbered
         run_chunks(_merge, -(-n // ROWS), lists, links, weights.reshape(n, total))
         self.first = np.empty(n + 1, np.int64)
         edges = _compact(lists, weights.reshape(n, total), self.first, end, weights)
