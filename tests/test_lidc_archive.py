@@ -428,3 +428,30 @@ def test_tables_and_records_are_plain_files(tmp_path):
     [record] = (tmp_path / "out" / "records").iterdir()
     assert set(json.loads(record.read_text())["files"]) == set(os.listdir(tmp_path / "out" / "cases"))
     assert (tmp_path / "out" / "series.csv").read_text().count("done") == 1
+
+
+def test_a_series_that_lies_the_other_way_gives_the_same_case_in_its_own_voxels(tmp_path):
+    "Outlines count pixels of the slices as they are stored: rows and columns that run backwards change where a case lies, not what is in it."
+    for name, orientation in {"usual": [1, 0, 0, 0, 1, 0], "turned": [-1, 0, 0, 0, -1, 0]}.items():
+        archived = Archived(tmp_path / name, [balls()])
+        for ds in archived.datasets:
+            ds.ImageOrientationPatient = orientation
+        archived.write()
+        done = convert_archive(tmp_path / name, tmp_path / f"{name}-out", ArchiveSettings(size_px=24, pad_slices=1, spacing_mm=None))
+        assert done.nodules.status.tolist() == ["kept"]
+    usual, turned = (next((tmp_path / f"{name}-out" / "cases").iterdir()) for name in ("usual", "turned"))
+    for part in ("image", "rater1", "rater4", "trimap"):
+        one, other = read(usual / f"{part}.nii.gz"), read(turned / f"{part}.nii.gz")
+        assert np.array_equal(one.array, other.array) and np.allclose(one.direction, other.direction * [1, -1, -1])
+
+
+def test_an_oblique_series_is_refused_by_name(tmp_path, capsys):
+    archived = Archived(tmp_path / "in", [balls()])
+    tilt = np.deg2rad(20)
+    for k, ds in enumerate(archived.datasets):
+        ds.ImageOrientationPatient = [1, 0, 0, 0, float(np.cos(tilt)), float(np.sin(tilt))]
+        ds.ImagePositionPatient = [-50, float(-60 - 2 * k * np.sin(tilt)), float(-100 + 2 * k * np.cos(tilt))]
+    archived.write()
+    assert main(["data", "lidc", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "axial slices" in said and "Traceback" not in said and not (tmp_path / "out" / "cases").exists()
