@@ -95,7 +95,7 @@ class Difference:
     value: float
     low: float  # of the 95 % interval
     high: float
-    p: float  # two-sided, not below 1 / (draws + 1)
+    p: float  # two-sided, not below 2 / (draws + 1)
 
 
 def compare(

@@ -17,7 +17,7 @@ from medmatting import malignancy, matte
 from medmatting.auroc import Judged, auroc, compare, interval, mean_auroc, resampled
 from medmatting.checks import InputError
 from medmatting.classifiers import CLASSIFIERS, make_classifier
-from medmatting.files import write
+from medmatting.files import read, write
 from medmatting.folds import Fold, repeated_splits
 from medmatting.labelled_set import COLUMNS
 from medmatting.lidc import shape, shapes
@@ -235,6 +235,20 @@ def test_a_converted_archive_gives_the_same_inputs(archive):
     assert all(abs(places[0] + places[-1] - 31) <= 1 for places in middle)
     with pytest.raises(InputError, match="gt"):
         nodule_inputs(plain[0], ["gt"], side=32, pool=1)
+
+
+def test_inputs_of_another_archive_or_truth_are_not_taken_for_these(archive, tmp_path):
+    write_archive(tmp_path / "other", 2, 1, [1])
+    alpha = tmp_path / "other" / "set" / "P01_nodule1" / "alpha.nii.gz"
+    write(alpha, read(alpha).with_array(read(alpha).array / 2))
+    table = pd.read_csv(tmp_path / "other" / "set" / "cases.csv", keep_default_na=False)
+    table.assign(alpha_sha256=sha256_of(alpha)).to_csv(tmp_path / "other" / "set" / "cases.csv", index=False)
+    sets = [(archive / "lidc", archive / "set"), (archive / "lidc", tmp_path / "other" / "set"), (tmp_path / "other" / "lidc", archive / "set")]
+    nodules = [archive_nodules(*places)[0] for places in sets]
+    assert len({n.name for n in nodules}) == 1 and len({n.source for n in nodules}) == 3
+    assert archive_nodules(*sets[0])[0].source == nodules[0].source
+    true = [kept_inputs(n, ["gt"], 32, 1, tmp_path / "kept")["gt"] for n in nodules]
+    np.testing.assert_allclose(true[1], true[0] / 2, atol=1e-4)
 
 
 def test_with_lidc_the_notebook_is_the_experiment(tmp_path):
