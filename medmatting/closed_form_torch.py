@@ -139,6 +139,25 @@ class TorchClosedForm:
         "A vector of zeros."
         return self.rhs.new_zeros(self.rhs.shape)
 
+    rounding = 1e-10  # relative error of a product in float64
+
+    @property
+    def twin(self) -> "TorchClosedForm":
+        "The same system in double precision."
+        return self if self.rhs.element_size() == 8 else self.double()
+
+    @property
+    def floor(self) -> float:
+        "Smallest entry of the diagonal on the free voxels."
+        return float(self.diagonal[self.free > 0].min())
+
+    def noise(self):
+        "A right-hand side in which every direction takes part, the same each time."
+        import torch
+
+        white = torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(self.rhs.shape)))
+        return white.to(self.rhs) * self.free * self.diagonal.sqrt()
+
     def start(self):
         "First guess, in float64."
         return self.zeros().double()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROWS', 'BATCH', 'TRIMMINGS', 'REACH', 'GREYS', 'NEAR', 'OTHER', 'BINS', 'RIM', 'TRANSPARENT', 'LEAP', 'SHIFT',
            'STORED', 'SLAB', 'MANY', 'WEIGHTS', 'STRENGTHS', 'REGULARISERS', 'SMOOTH', 'mix', 'mixture_weights',
-           'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local', 'InformationFlow', 'solve']
+           'known_estimate', 'bhattacharyya', 'trim', 'transparency', 'factorise_local', 'InformationFlow',
+           'assemble_flow', 'solve_small', 'solve']
 
 # %% ../nbs/17_information_flow.ipynb #a630795c
 from dataclasses import replace
@@ -14,12 +15,12 @@ from typing import Callable
 
 import numpy as np
 
-from .assembled import LARGEST, Factor, factorise, make_stencil, make_tree
+from .assembled import DENSE, LARGEST, Factor, assemble, factorise, make_stencil, make_tree, solve_dense
 from .checks import describe, refuse
 from .closed_form import ClosedForm, invert
 from .compiled import kernel
 from .energy import PRECISIONS, Problem, Solved, make_region
-from .linear import CHUNK, ConvergenceError, HostSystem, pcg, run_chunks
+from .linear import CHUNK, HostSystem, Solution, Stalled, pcg_within, run_chunks
 from .neighbours import displacements, in_parts, intensities, nearest, possible_targets, squared_distance
 
 # %% ../nbs/17_information_flow.ipynb #31e349dd
@@ -576,6 +577,26 @@ class InformationFlow(HostSystem):
         "By what factor the residual may fall before the recursion is compared with the truth."
         return self.local.trust
 
+    @property
+    def rounding(self) -> float:
+        "Relative error of a product, as far as the residual shares it: the weights are stored in the precision of the arithmetic."
+        return 1e-10 if self.number is np.float64 else 3e-8
+
+    @property
+    def floor(self) -> float:
+        "Smallest eigenvalue of the preconditioner, or less: its diagonal, or what was added to the factor of the local term."
+        size, free = self.region.spans.size, self.local.free == 1
+        if self.inner is None:
+            return float(min(self.diagonal[:size][free].min(), self.diagonal[size:].min(initial=np.inf)))
+        shift = SHIFT * (self.diagonal[:size] - self.scale * self.local.diagonal) + self.penalty * (1 - self.region.unknown)
+        return float(min(shift[free].min(), self.diagonal[size:].min(initial=np.inf)))
+
+    def noise(self) -> np.ndarray:
+        "A right-hand side in which every direction takes part, the same each time."
+        noise, size = super().noise(), self.region.spans.size
+        noise[:size] *= self.local.free
+        return noise
+
     def apply(self, p: np.ndarray, out: np.ndarray) -> float:
         "out = A p; returns p'A p."
         size, sums = self.region.spans.size, np.empty(-(-p.size // CHUNK))
@@ -642,6 +663,34 @@ class InformationFlow(HostSystem):
         own = (a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray) and a is not self.local.image)
         return sum(own) + self.local.nbytes + (self.inner[1].values.nbytes if self.inner else 0)
 
+# %% ../nbs/17_information_flow.ipynb #5e20fb68
+def assemble_flow(
+    system: InformationFlow,  # in double precision, small enough that lists and weights are stored
+):  # (n, n) scipy sparse array over the vectors, 1 on the diagonal where a voxel is not free
+    "The matrix of a system as a sparse array."
+    from scipy.sparse import coo_array, csr_array, diags_array
+
+    n, rows, place = system.flow.size, np.arange(system.home.size), np.flatnonzero(system.local.free)
+    listed = np.arange(system.count) < system.free[:, None]
+    entries = np.append(-system.stored[listed], np.ones(rows.size))
+    mixture = csr_array((entries, (np.append(np.nonzero(listed)[0], rows), np.append(system.lists[listed], system.home))), shape=(rows.size, n))
+    ends = np.repeat(system.home, system.alike.shape[1]), system.alike.ravel()
+    links = csr_array((np.tile(system.unit * system.links.ravel(), 2), (np.append(*ends), np.append(*ends[::-1]))), shape=(n, n))
+    local = assemble(system.local).tocoo()
+    local = coo_array((system.scale * local.data, (place[local.row], place[local.col])), shape=(n, n))
+    rest = links.sum(1)
+    rest[system.home] += system.anchor
+    rest[: system.region.spans.size][system.local.free == 0] = 1
+    rest[system.region.spans.size :] += system.penalty
+    return (local + system.strength * (mixture.T @ mixture) - links + diags_array(rest)).tocsr()
+
+
+def solve_small(system: InformationFlow, tol: float) -> Solution:
+    "Exact solution by elimination."
+    start = system.start()
+    step, residual = solve_dense(assemble_flow(system), system.residual(start, system.zeros()), tol)
+    return Solution(start + step, 0, residual)
+
 # %% ../nbs/17_information_flow.ipynb #fd481266
 WEIGHTS = (0.03, 0.3, 0.0015), (0.1, 0.02, 0.0001)  # spatial weights in 1/mm: one channel, colour
 STRENGTHS = (1.0, 0.05, 0.01, 1.0), (1.0, 0.01, 0.001, 30.0)  # mixture, known to unknown, within the unknown, local
@@ -706,7 +755,7 @@ def solve(
     single = precision == "single" or precision is None and min(problem.labels.shape) > 1 and regulariser >= SMOOTH
     try:
         return _solve_in("single" if single else "double", problem, tol, max_iterations, progress, options)
-    except ConvergenceError:  # what single precision cannot do, double may
+    except Stalled:  # what single precision cannot do, double may
         if precision or not single:
             raise
     return _solve_in("double", problem, tol, max_iterations, progress, options)
@@ -715,8 +764,14 @@ def solve(
 def _solve_in(precision, problem, tol, max_iterations, progress, options) -> Solved:
     "Solve in one precision."
     system = InformationFlow(problem, *options, precision)
-    solution = pcg(system, tol, max_iterations, progress)
-    return Solved(system.alpha(solution.x, problem.known), solution.iterations, solution.residual, "matrix-free", solution.x.size,
+    solver = "matrix-free"
+    try:
+        solution = pcg_within(system, tol, max_iterations, progress)
+    except Stalled:  # what iterations cannot do, elimination may
+        if precision == "single" or system.flow.size > DENSE:
+            raise
+        solution, solver = solve_small(system, tol), "direct"
+    return Solved(system.alpha(solution.x, problem.known), solution.iterations, solution.residual, solver, solution.x.size,
                   system.nbytes, precision)
 
 

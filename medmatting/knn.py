@@ -14,7 +14,7 @@ import numpy as np
 from .checks import describe, refuse
 from .compiled import kernel
 from .energy import Problem, Solved
-from .linear import CHUNK, HostSystem, pcg, run_chunks
+from .linear import CHUNK, HostSystem, pcg_within, run_chunks
 from .neighbours import bounding_box, in_parts, nearest, reachable
 
 # %% ../nbs/15_knn.ipynb #7f7b8492
@@ -151,6 +151,8 @@ KERNELS = ("binary", "linear")
 
 class KNN(HostSystem):
     "The system of KNN matting on the free voxels, from its edges."
+
+    rounding = 1e-14  # of sums of small whole numbers
 
     def __init__(
         self,
@@ -300,7 +302,7 @@ def solve(
     if (problem.labels != 128).all() and constraint_weight is None:
         return Solved(problem.known.copy(), 0, 0.0, "matrix-free", 0, 0)
     system = KNN(problem, neighbours, weights, kernel, constraint_weight)
-    solution = pcg(system, tol, max_iterations, progress)
+    solution = pcg_within(system, tol, max_iterations, progress)
     alpha = problem.known.copy()
     alpha[system.free] = solution.x
     return Solved(alpha, solution.iterations, solution.residual, "matrix-free", system.rhs.size, system.nbytes)

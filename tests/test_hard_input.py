@@ -6,7 +6,7 @@ import pytest
 import medmatting as mm
 import medmatting.matting
 from medmatting.checks import InputError
-from medmatting.linear import Stalled, pcg
+from medmatting.linear import Stalled, pcg_within
 
 SHAPE = (10, 14, 16)
 RANDOM = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def test_regions_without_foreground_are_background():
 
 def test_voxels_that_rounding_would_detach_are_solved_in_double_precision(monkeypatch):
     tried = []
-    monkeypatch.setattr(medmatting.matting, "pcg", lambda system, *rest: tried.append(system.number) or pcg(system, *rest))
+    monkeypatch.setattr(medmatting.matting, "pcg_within", lambda system, *rest: tried.append(system.number) or pcg_within(system, *rest))
     image, trimap, _ = CASES["single spikes"]
     for options in ({}, dict(precision="single")):
         alpha, info = mm.matte(image, trimap, return_info=True, **options)
@@ -114,10 +114,10 @@ def test_where_single_precision_stalls_double_takes_over(monkeypatch):
         tried.append(system.number)
         if system.number is np.float32:
             raise Stalled("as if rounding had stopped it")
-        return pcg(system, *rest)
+        return pcg_within(system, *rest)
 
     expected = mm.matte(BALL, SHELL, precision="double")
-    monkeypatch.setattr(medmatting.matting, "pcg", stall)
+    monkeypatch.setattr(medmatting.matting, "pcg_within", stall)
     alpha, info = mm.matte(BALL, SHELL, return_info=True)
     assert tried == [np.float32, np.float64] and info.precision == "double"
     assert np.array_equal(alpha, expected)

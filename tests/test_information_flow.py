@@ -476,9 +476,9 @@ def test_double_precision_takes_over_where_single_cannot(monkeypatch):
     def stalls(system, *arguments):
         if system.number is np.float32:
             raise linear.Stalled("stalled")
-        return pcg(system, *arguments)
+        return linear.pcg_within(system, *arguments)
 
-    monkeypatch.setattr(module, "pcg", stalls)
+    monkeypatch.setattr(module, "pcg_within", stalls)
     assert solve(problem, 1e-6, 1000).precision == "double"
     with pytest.raises(linear.ConvergenceError):
         solve(problem, 1e-6, 1000, precision="single")
