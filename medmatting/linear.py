@@ -165,7 +165,7 @@ def pcg(
     while True:
         rz, rr = system.step(0.0, x, r, p, q)
         residual = rr**0.5 / size
-        excess = max(residual / tol, rz**0.5 / reach) if rz >= 0 else np.inf  # not positive, or NaN
+        excess = max(residual / tol, rz**0.5 / reach) if rz >= 0 else np.nan  # the preconditioner is not positive
         if excess <= 1:
             return Solution(x, iterations, residual, smallest_eigenvalue(steps, ratios), rz**0.5)
         # A stretch that no longer halves the residual has met the limits of the arithmetic.
