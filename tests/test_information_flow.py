@@ -456,14 +456,21 @@ def test_local_term_that_cannot_be_factorised_falls_back_to_jacobi(monkeypatch):
 
 
 @pytest.mark.parametrize("shape, channels", [((6, 24, 60), 1), ((4, 12, 40), 3)])
-@pytest.mark.parametrize("options", [{}, dict(constraint_weight=10.0), dict(regulariser=1e-4), dict(strengths=(1.0, 0.01, 0.001, 30.0)),
-                                     dict(strengths=(1.0, 1e-9, 1e-9, 1e-3))])
+@pytest.mark.parametrize("options", [{}, dict(constraint_weight=10.0), dict(regulariser=1e-4), dict(strengths=(1.0, 0.01, 0.001, 30.0))])
 def test_single_precision_keeps_the_promise(shape, channels, options):
     problem = noisy(shape, channels=channels)
     exact, single = (solve(problem, tol, 20_000, precision=name, **options) for tol, name in ((1e-12, "double"), (1e-6, "single")))
     assert single.precision == "single" and single.residual <= 1e-6
     assert single.nbytes < exact.nbytes  # not by half: lists of positions, and in a small region the windows of the residual, are the same
     assert abs(single.alpha - exact.alpha).max() < 1e-4
+
+
+def test_single_precision_is_refused_where_its_rounding_may_show():
+    "Nothing but the mixture holds alpha; the smallest eigenvalue is 2e-5, and weights are stored with seven digits."
+    problem, weak = noisy((6, 24, 60)), dict(strengths=(1.0, 1e-9, 1e-9, 1e-3))
+    with pytest.raises(linear.Stalled, match="in this precision"):
+        solve(problem, 1e-6, 20_000, precision="single", **weak)
+    assert solve(problem, 1e-6, 20_000, **weak).precision == "double"
 
 
 def test_double_precision_takes_over_where_single_cannot(monkeypatch):
