@@ -765,8 +765,9 @@ def _solve_in(precision, problem, tol, max_iterations, progress, options) -> Sol
     "Solve in one precision."
     system = InformationFlow(problem, *options, precision)
     solver = "matrix-free"
+    final = precision == "double" and system.flow.size > DENSE
     try:
-        solution = pcg_within(system, tol, max_iterations, progress)
+        solution = pcg_within(system, tol, max_iterations, progress, final)
     except Stalled:  # what iterations cannot do, elimination may
         if precision == "single" or system.flow.size > DENSE:
             raise

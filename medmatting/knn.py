@@ -302,7 +302,7 @@ def solve(
     if (problem.labels != 128).all() and constraint_weight is None:
         return Solved(problem.known.copy(), 0, 0.0, "matrix-free", 0, 0)
     system = KNN(problem, neighbours, weights, kernel, constraint_weight)
-    solution = pcg_within(system, tol, max_iterations, progress)
+    solution = pcg_within(system, tol, max_iterations, progress, final=True)
     alpha = problem.known.copy()
     alpha[system.free] = solution.x
     return Solved(alpha, solution.iterations, solution.residual, "matrix-free", system.rhs.size, system.nbytes)

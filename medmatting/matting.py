@@ -150,12 +150,14 @@ def _solve_region(make, tol, max_iterations, arguments, windows, solver, device,
         weakest = float(system.diagonal.min())
         if precision == "single" and not weakest > WEAK:
             continue  # a voxel that rounding would detach: its windows explain it almost exactly
+        rescued = rescue and np.count_nonzero(system.free) <= RESCUED
+        final = precision == "double" and not rescued
         try:
-            solution = solve_direct(system, tol) if solver == "direct" else pcg_within(system, tol, max_iterations, progress)
+            solution = solve_direct(system, tol) if solver == "direct" else pcg_within(system, tol, max_iterations, progress, final)
             break
         except Stalled:  # what single precision cannot do, double may, and what iterations cannot, elimination may
             if precision == "double":
-                if not rescue or solver == "direct" or np.count_nonzero(system.free) > RESCUED:
+                if not rescued or solver == "direct":
                     raise
                 solution, solver = solve_direct(system, tol), "direct"
     alpha = problem.known
