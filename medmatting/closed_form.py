@@ -241,7 +241,7 @@ class WindowSystem(HostSystem):
         raise NotImplementedError
 
     def _run(self, function, runs, *arguments):
-        run_chunks(function, runs.chunks, *runs.arrays, self.image, *arguments, share=SHARE)
+        run_chunks(function, runs.chunks, *runs.arrays, self.image, *arguments)  # a pass over windows is worth a thread sooner than one over voxels
 
     def covariances(self, eps: float):
         "Means into `centre`, covariances + eps/|w| into `matrix`."
