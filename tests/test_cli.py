@@ -210,3 +210,25 @@ def test_a_picture_can_be_resampled(tmp_path):
     mm.write(tmp_path / "trimap.png", np.tile(np.repeat(np.uint8([0, 128, 255]), 8), (20, 1)))
     assert run("matte", tmp_path / "image.png", "--trimap", tmp_path / "trimap.png", "--resample", 0.5, "-o", tmp_path / "a.png") == 0
     assert mm.read(tmp_path / "a.png").shape == (20, 24)
+
+
+@pytest.mark.parametrize("where", ["medmatting.matting.pcg_within", "nibabel.save"])
+def test_control_c_leaves_no_file(files, tmp_path, where):
+    "A real SIGINT while alpha is solved for, and while it is written."
+    module, name = where.rsplit(".", 1)
+    code = f"""
+import importlib, os, signal, sys, time
+module = importlib.import_module({module!r})
+original = module.{name}
+def interrupted(*arguments, **options):
+    {"original(*arguments, **options)" if name == "save" else "pass"}
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+module.{name} = interrupted
+from medmatting.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["matte", files / "ct.nii.gz", "--trimap", files / "trimap.nii.gz", "-o", tmp_path / "alpha.nii.gz"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 130 and "interrupted; nothing half-written was left" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

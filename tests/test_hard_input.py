@@ -73,6 +73,30 @@ def test_a_correct_matte_or_a_named_refusal(method, name):
         assert info.residual <= 1e-6
 
 
+@pytest.mark.parametrize("method", ["cf+", "lb+", "knn+", "if+"])
+@pytest.mark.parametrize("name", [name for name in CASES if "intensity_range" not in CASES[name][2]])
+@pytest.mark.filterwarnings("error")
+def test_the_same_in_hounsfield_units_with_a_calibrated_foreground(method, name):
+    image, trimap, options = CASES[name]
+    hu = -1000 + 1400 * image
+    try:
+        alpha = mm.matte(hu, trimap, method, **options)
+    except InputError as error:
+        assert name == "two slices" and method != "knn+" and "but accepted is" in str(error)
+        return
+    assert np.isfinite(alpha).all() and alpha.min() >= 0 and alpha.max() <= 1
+    assert (alpha[trimap == 255] == mm.calibrate(hu[trimap == 255]).astype(np.float32)).all() and (alpha[trimap == 0] == 0).all()
+    if method in ("cf+", "lb+"):
+        exact = mm.matte(hu, trimap, method, solver="direct", **options)
+        assert abs(alpha - exact).max() < (2e-3 if (method, name) == ("lb+", "single spikes") else 1e-4)
+
+
+@pytest.mark.parametrize("neighbours", [(100, 20), (3, 2)])
+def test_more_neighbours_than_known_voxels(neighbours):
+    alpha = mm.matte(BALL, labels(128, known=[(5, 7, 8)], empty=[(0, 0, 0)]), "knn", neighbours=neighbours)
+    assert np.isfinite(alpha).all() and alpha[5, 7, 8] == 1 and alpha[0, 0, 0] == 0
+
+
 def test_regions_without_foreground_are_background():
     image, trimap, _ = CASES["a region without foreground"]
     assert mm.matte(image, trimap)[trimap == 128].max() == 0
@@ -126,3 +150,9 @@ def test_where_single_precision_stalls_double_takes_over(monkeypatch):
 def test_one_difficult_region_shows_in_the_precision_of_a_study():
     image, trimap = np.concatenate([BALL, BALL * 0 + 0.2, SPIKES]), np.concatenate([SHELL, SHELL * 0, SHELL])
     assert mm.matte(image, trimap, return_info=True)[1].precision == "double"
+
+
+@pytest.mark.parametrize("method", ["knn", "if"])
+def test_a_device_is_refused_by_methods_that_have_none(method):
+    with pytest.raises(InputError, match=f"device: got 'cuda'.*for '{method}'"):
+        mm.matte(BALL, SHELL, method, device="cuda")
