@@ -228,7 +228,7 @@ def matte(
     return_info: bool = False,  # also return a MatteInfo
     **options,  # of the method, see `method_options`: eps, constraint_weight, windows, solver, device, precision for "cf" and "lb"
 ) -> np.ndarray | Volume | tuple:  # float32 in [0, 1] on the grid of the trimap, a Volume if the image is; with info, (alpha, info)
-    "Alpha matte of an image from a trimap (3D Matting, Eq. 2 to 4); `cf` and `lb` within 1e-4 of exact where alpha is determined."
+    "Alpha matte of an image from a trimap (3D Matting, Eq. 2 to 4); all but `bayesian` within 1e-4 of exact, or an exception, or the warning `InDoubt` (large volumes)."
     began, plus = perf_counter(), str(method).endswith("+")
     if progress is not None and not callable(progress):
         refuse("progress", describe(progress), "a function of two numbers", "leave it out for silence")
