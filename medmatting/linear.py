@@ -251,12 +251,12 @@ def pcg_within(
     final: bool = False,  # nothing else can be tried: warn (`InDoubt`) of a large system whose error has no bound, instead of `Stalled`
 ) -> Solution:  # x, iterations, true residual
     "`pcg`, and on until no entry of x (in large systems: the mean square) is wrong by more than `ERROR`; a larger `tol` allows more in proportion."
-    error, size = ERROR * max(tol / 1e-6, 1), int(np.prod(system.zeros().shape))
+    error, size, floor = ERROR * max(tol / 1e-6, 1), int(np.prod(system.zeros().shape)), system.floor
     small = size <= PROBED
     solution = Solution(None, 0, np.inf, probe(system)) if small else pcg(system, tol, max_iterations, progress)
-    reach = error * solution.smallest * max(system.floor, 0.0) ** 0.5
+    reach = error * solution.smallest * max(floor, 0.0) ** 0.5
     doubt = (f"in this precision rounding may leave alpha wrong by more than {error:.0e} (smallest eigenvalue {solution.smallest:.0e},"
-             f" diagonal {system.floor:.0e}). Mark more voxels as known; for cf, lb and if also raise eps=.")
+             f" diagonal {floor:.0e}). Mark more voxels as known; for cf, lb and if also raise eps=.")
     if sure := system.rounding < reach:
         goal = reach * (1 if small else size) ** 0.5
     elif small or not final:
