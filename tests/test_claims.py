@@ -133,7 +133,7 @@ def test_nothing_measured_says_what_is_missing(tmp_path):
     found = claims.ledger(repository(tmp_path))
     assert all(line["why"] for line in found) and not any(line["obtained"] for line in found)
     assert found.counts["not attempted"] == len(found) - 2
-    assert "MatteFormer" in row(tmp_path, "ra.t1.brain_growth.matteformer.sad")["why"]
+    assert "simnod_table1" in row(tmp_path, "td.t1.3dmm_without_masks.sad")["why"]
 
 
 def test_verdict_of_an_ordering(tmp_path):
