@@ -468,7 +468,7 @@ def name_model(arguments, volume) -> str:
 
     if arguments.weights:
         return arguments.weights
-    return SHIPPED["colour" if volume.channels and volume.array.shape[-1] > 1 else "grey"]
+    return SHIPPED["ct" if is_ct(volume) else "colour" if volume.channels and volume.array.shape[-1] > 1 else "grey"]
 
 # %% ../nbs/60_cli.ipynb #028755c2
 def scale_intensities(volume, card: dict, arguments):

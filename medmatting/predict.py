@@ -60,11 +60,11 @@ def _load_published(path) -> tuple[torch.nn.Module, dict]:
     return load(path), dict(data="as published by its authors, natural images", limits="made for photographs")
 
 # %% ../nbs/35_predict.ipynb #343bc6cc
-SHIPPED = {"grey": "nodules", "colour": "skin"}  # by the kind of image
+SHIPPED = {"grey": "nodules", "colour": "skin", "ct": "nodules3d"}  # by the kind of image
 
 
 def load_shipped(
-    name: str,  # "nodules" or "skin"
+    name: str,  # "nodules" or "skin" (2D), or "nodules3d", for `predict3d.predict_volume`
 ) -> tuple[torch.nn.Module, dict]:  # the network, ready for use, and its model card
     "A model that comes with the package."
     if name not in SHIPPED.values():
