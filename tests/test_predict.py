@@ -300,7 +300,7 @@ def test_the_shipped_models_are_small_hashed_and_have_a_card():
     for name in SHIPPED.values():
         net, card = load_shipped(name)
         assert net.config["channels"] == (3 if name == "skin" else 1) and not net.training and {*CARD, "input", "short"} <= card.keys()
-        assert "Not for clinical use" in card["limits"] and card["metrics"]["this model"]["mae"] < card["metrics"]["0 everywhere"]["mae"]
+        assert "Not for clinical use" in card["limits"] and card["metrics"]["this model"]["dice"] > card["metrics"]["0 everywhere"]["dice"]
         assert all(value.isfinite().all() for value in net.state_dict().values())
     with pytest.raises(InputError, match="'nodules' or 'skin' or 'nodules3d'"):
         load_shipped("brain")
@@ -314,6 +314,17 @@ def test_the_model_for_nodules_sees_a_nodule_and_no_nodule_in_empty_lung():
     said = predict(net, ((np.where(inside, 30.0, hu) + 1000) / 1400).clip(0, 1))
     assert said.alpha[np.hypot(y - 30, x - 34) < 7].mean() > 0.4 and said.alpha[~inside].mean() < 0.1
     assert predict(net, ((hu + 1000) / 1400)).alpha.mean() < 0.05 and 0 <= said.uncertainty.min() <= said.uncertainty.max() <= 1
+
+
+def test_the_model_for_volumes_sees_a_ball_and_nothing_in_empty_lung():
+    from medmatting.predict3d import predict_volume
+
+    net, card = load_shipped("nodules3d")
+    distance = np.sqrt(((np.indices((48, 48, 48)) - 24) ** 2).sum(0))
+    ball = predict_volume(net, np.where(distance < 9, 30.0, -850), spacing=(0.5, 0.5, 0.5)).alpha.array
+    assert ball[distance < 7].mean() > 0.5 and ball[distance > 14].mean() < 0.05
+    empty = predict_volume(net, np.full((48, 48, 48), -850.0), spacing=(0.5, 0.5, 0.5)).alpha.array
+    assert empty.max() < 0.1 and card["input"] == {"hu_range": [-1000, 400], "spacing_mm": 0.5}
 
 
 def test_the_model_for_skin_sees_a_lesion_it_was_not_trained_on():
