@@ -318,6 +318,23 @@ def test_hounsfield_units_are_scaled_and_zoomed_as_the_model_was_trained(tmp_pat
     assert run("predict", tmp_path / "hu.npy", "-o", tmp_path / "c.npy", "--hu-range", -1000, 400, "--spacing", 0) == 2 and "--spacing" in said(capsys)
 
 
+def test_a_ct_of_several_slices_is_answered_in_3d_and_other_volumes_slice_by_slice(tmp_path, capsys):
+    from medmatting.predict3d import predict_volume
+
+    hu = np.random.default_rng(0).normal(-800, 60, (6, 20, 24)).astype(np.float32)
+    hu[2:4, 8:14, 8:14] = 30
+    volume = mm.Volume(hu, (1.5, 0.75, 0.75), unit="HU")
+    mm.write(tmp_path / "ct.nii.gz", volume)
+    mm.write(tmp_path / "mr.nii.gz", mm.Volume(np.clip(hu + 900, 0, 255).astype(np.uint8), volume.spacing))
+    assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "a.nii.gz", "--union", tmp_path / "u.nii.gz") == 0
+    assert "3dmm, the package's model 'nodules3d'" in capsys.readouterr().out
+    expected = predict_volume(load_shipped("nodules3d")[0], mm.read(tmp_path / "ct.nii.gz", unit="HU"), maps=("alpha", "union"))
+    for name, part in (("a", expected.alpha), ("u", expected.union)):
+        np.testing.assert_allclose(mm.read(tmp_path / f"{name}.nii.gz").array, part.array, atol=1e-5)
+    assert run("predict", tmp_path / "mr.nii.gz", "-o", tmp_path / "b.nii.gz") == 0 and "model 'nodules'" in capsys.readouterr().out
+    assert run("predict", tmp_path / "ct.nii.gz", "-o", tmp_path / "c.nii.gz", "--weights", "nodules") == 0
+
+
 def test_a_folder_may_hold_colour_and_grey(tmp_path, capsys):
     mm.write(tmp_path / "in" / "grey.png", np.zeros((9, 8), np.uint8))
     mm.write(tmp_path / "in" / "colour.png", np.zeros((9, 8, 3), np.uint8))
