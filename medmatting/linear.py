@@ -151,7 +151,6 @@ class Solution:
     iterations: int  # products with the matrix; 0 for a direct solve
     residual: float  # norm(b - A x) / norm(b), recomputed in float64
     smallest: float = 1.0  # smallest eigenvalue of the preconditioned matrix, as far as the iteration has seen it
-    weighted: float = 0.0  # square root of r'r/M, r the residual
 
 # %% ../nbs/11_linear.ipynb #b2662aa0
 def pcg(
@@ -174,7 +173,7 @@ def pcg(
             reach, previous = goal(smallest_eigenvalue(steps, ratios)), np.inf
         excess = max(residual / tol, rz**0.5 / reach) if rz >= 0 else np.nan  # the preconditioner is not positive
         if excess <= 1:
-            return Solution(x, iterations, residual, smallest_eigenvalue(steps, ratios), rz**0.5)
+            return Solution(x, iterations, residual, smallest_eigenvalue(steps, ratios))
         # A stretch that no longer halves the residual has met the limits of the arithmetic.
         if not excess <= 0.5 * previous:  # NaN as well
             raise Stalled(_why(iterations, residual, tol, "rounding stops it there"))
@@ -264,11 +263,10 @@ def pcg_within(
                  f" diagonal {floor:.0e}). Mark more voxels as known; for cf, lb and if also raise eps=.")
         if not may_pass:
             raise Stalled(f"not converged: {doubt}")
-        warnings.warn(f"some voxels are in doubt: {doubt}", InDoubt, stacklevel=3)
+        warnings.warn(f"some voxels are in doubt: {doubt}", InDoubt, stacklevel=5)  # of who called `pcg_within`
         return system.rounding
 
     if size <= PROBED:
         reach = bound(probe(system))
         return pcg(system, tol, max_iterations, progress, lambda seen: reach)
     return pcg(system, tol, max_iterations, progress, lambda seen: max(bound(seen, final) / MARGIN, system.rounding) * size**0.5)
-

@@ -296,11 +296,13 @@ def test_the_shipped_models_are_small_hashed_and_have_a_card():
     sums = dict(line.split()[::-1] for line in (MODELS / "SHA256SUMS").read_text().splitlines())
     assert {path.name for path in MODELS.iterdir()} == {*sums, "README.md", "SHA256SUMS"} and len(sums) == len(SHIPPED)
     assert all(hashlib.sha256((MODELS / name).read_bytes()).hexdigest() == sha256 for name, sha256 in sums.items())
-    assert all((MODELS / name).stat().st_size < 10e6 for name in sums)
+    assert sum((MODELS / name).stat().st_size for name in sums) < 1.5e6 * len(sums)
     for name in SHIPPED.values():
         net, card = load_shipped(name)
         assert net.config["channels"] == (3 if name == "skin" else 1) and not net.training and {*CARD, "input", "short"} <= card.keys()
-        assert "Not for clinical use" in card["limits"] and card["metrics"]["this model"]["dice"] > card["metrics"]["0 everywhere"]["dice"]
+        mine, nothing = card["metrics"]["this model"], card["metrics"]["0 everywhere"]
+        assert "Not for clinical use" in card["limits"] and mine["dice"] > nothing["dice"]
+        assert mine["mae"] < nothing["mae"] or name == "nodules3d" and "times that of 0 everywhere" in card["limits"]
         assert all(value.isfinite().all() for value in net.state_dict().values())
     with pytest.raises(InputError, match="'nodules' or 'skin' or 'nodules3d'"):
         load_shipped("brain")
