@@ -308,6 +308,10 @@ def bad_series(archived, how):
         xml.write_text(xml.read_text().replace(f"<SeriesInstanceUid>{archived.series}", "<SeriesInstanceUid>1.2.77"))
     elif how == "cut XML":
         xml.write_text(xml.read_text()[:-40])
+    elif how == "huge coordinate":
+        xml.write_text(xml.read_text().replace("<xCoord>", "<xCoord>12345678901234567890", 1))
+    elif how == "huge rating":
+        xml.write_text(xml.read_text().replace("<malignancy>4", "<malignancy>12345678901234567890", 1))
     elif how == "two XML":
         (archived.folder / "070.xml").write_text(xml.read_text().replace("<malignancy>4", "<malignancy>5"))
     elif how == "no XML":
@@ -320,6 +324,7 @@ def bad_series(archived, how):
 @pytest.mark.parametrize("how, words", [
     ("missing slice", "1 uneven gaps, the first of 4.00 mm"), ("duplicate UID", "share a SOPInstanceUID"), ("sagittal", "axial slices"),
     ("other series", "got '1.2.77'"), ("cut XML", "not well-formed"), ("two XML", "different readings of one series"),
+    ("huge coordinate", "xCoord 12345678901234567890"), ("huge rating", "malignancy 12345678901234567890, but accepted is a number from -65535 to 65535"),
     ("no XML", "no XML file for the series"), ("cut slice", "1-003.dcm")])
 def test_a_bad_series_is_listed_and_the_rest_goes_on(tmp_path, capsys, how, words):
     bad_series(Archived(tmp_path / "in", [balls()], patient="LIDC-IDRI-0001"), how)
@@ -330,6 +335,25 @@ def test_a_bad_series_is_listed_and_the_rest_goes_on(tmp_path, capsys, how, word
     table = (tmp_path / "out" / "nodules.csv").read_text()
     assert "LIDC-IDRI-0002" in table and "LIDC-IDRI-0001" not in table
     assert len(list((tmp_path / "out" / "cases").iterdir())) == 1
+
+
+@pytest.mark.parametrize("place", ["_readings", "convert_series"])
+def test_a_fault_in_one_series_is_listed_by_its_type_and_the_rest_goes_on(tmp_path, monkeypatch, capsys, place):
+    bad = Archived(tmp_path / "in", [balls()], patient="LIDC-IDRI-0001").write()
+    Archived(tmp_path / "in", [balls(1)], patient="LIDC-IDRI-0002", seed=1).write()
+    plain = getattr(lidc_archive, place)
+
+    def faulty(what, *rest):
+        if bad.folder in (getattr(what, "parent", None), *rest):
+            raise TypeError("no such\nthing")
+        return plain(what, *rest)
+
+    monkeypatch.setattr(lidc_archive, place, faulty)
+    assert main(["data", "lidc", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "TypeError: no such thing" in said.err and "1 nodules kept" in said.out
+    assert "TypeError: no such thing" in (tmp_path / "out" / "series.csv").read_text()
+    assert "LIDC-IDRI-0002" in (tmp_path / "out" / "nodules.csv").read_text()
 
 
 def test_pixels_that_cannot_be_decoded_cost_one_nodule(tmp_path):
