@@ -16,7 +16,7 @@ import torch
 
 from .checks import atomic_path, describe, refuse
 from .files import write
-from .fold_runs import claim_folder, launch, write_curves
+from .fold_runs import Curves, claim_folder, launch
 from .folds import Fold
 from .hounsfield import HU_RANGE
 from .matting3d import Matting3D
@@ -109,9 +109,9 @@ def _train(fabric, run: SplitRun, data: VolumeSet, folder: Path, save_every: int
     "What each process does; the first one writes the results."
     split, objective = _prepare(run, folder, data)
     watch = Validation(Samples(data, split.validation, memory_gb=0), run.crops.size)
-    history = train(objective, Samples(data, split.train), run.recipe, folder, Prepare3D(run.crops), fabric, save_every, watch, progress)
+    curves = Curves(folder, f"3dmm{'' if run.guided else ' without masks'}, {split.name}", run.recipe.steps)
+    history = train(objective, Samples(data, split.train), run.recipe, folder, Prepare3D(run.crops), fabric, save_every, watch, curves, progress)
     if fabric.is_global_zero:
-        write_curves(history, folder, f"3dmm{'' if run.guided else ' without masks'}, {split.name}")
         scores = score_split(objective.net.eval(), data, split, folder)
         save_weights(folder / "weights.safetensors", objective.net, _card(run, data, split, scores, history))
     fabric.barrier()

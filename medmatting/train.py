@@ -76,15 +76,21 @@ class TrainingError(RuntimeError):
     "A run cannot go on; the message says at which step and what to do."
 
 
+_PARTS = {"model": dict, "optimiser": dict, "scaler": dict, "recipe": dict, "history": list}  # of a checkpoint
+
+
 def _read_checkpoint(path: Path, recipe: Recipe, device) -> dict | None:
     "The checkpoint of this recipe, None if there is none yet."
     if not path.exists():
         return None
     try:
         kept = torch.load(path, map_location=device, weights_only=True)
-        before, _ = kept["recipe"], kept["model"]
     except Exception as error:  # a damaged file can fail in any way
         raise TrainingError(f"{path}: not a whole checkpoint ({type(error).__name__}); delete it to start again.") from error
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(kept, dict) or not isinstance(kept.get(name), kind)]
+    if wrong or not all(isinstance(row, dict) for row in kept["history"]):
+        raise TrainingError(f"{path}: not a whole checkpoint ({', '.join(wrong or ['history'])} missing or damaged); delete it to start again.")
+    before = kept["recipe"]
     changed = {name: (before.get(name), value) for name, value in asdict(recipe).items() if before.get(name) != value}
     if changed:
         refuse("recipe", ", ".join(f"{name}={now!r} where the run in {path.parent} has {then!r}" for name, (then, now) in changed.items()),
@@ -97,10 +103,11 @@ def _restore(path: Path, kept: dict, model, optimiser, fabric):
     try:
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        fabric.strategy.precision.load_state_dict(kept["scaler"])
+    except Exception as error:  # what does not fit can fail in any way
         first = " ".join(str(error).split())[:200]
-        raise TrainingError(f"{path}: the checkpoint of another network ({first}); choose another folder.") from error
-    fabric.strategy.precision.load_state_dict(kept["scaler"])
+        raise TrainingError(f"{path}: the checkpoint of another network, or damaged ({first}); choose another folder, or delete it"
+                            " to start again.") from error
 
 # %% ../nbs/33_train.ipynb #b1645b22
 def _started() -> tuple[int, int] | None:
@@ -114,7 +121,7 @@ def _started() -> tuple[int, int] | None:
 def make_fabric(
     device: str = "auto",  # "cpu", "cuda" or "auto"
     processes: int = 1,  # on this machine; under torchrun it says how many there are
-    precision: str = "32-true",  # "32-true", "bf16-mixed" or "16-mixed"
+    precision: str = "32-true",  # "32-true", "bf16-mixed", or with CUDA "16-mixed"
 ):  # a lightning_fabric.Fabric
     "Device, precision and processes of a run."
     import logging
@@ -127,6 +134,8 @@ def make_fabric(
         refuse("device", repr(device), "'cpu', 'auto'" + ", 'cuda'" * torch.cuda.is_available(), "leave it out for what is there")
     if precision not in ("32-true", "bf16-mixed", "16-mixed"):
         refuse("precision", repr(precision), "'32-true', 'bf16-mixed' or '16-mixed'", "leave it out for full precision")
+    if precision == "16-mixed" and (device == "cpu" or not torch.cuda.is_available()):  # Fabric would take bf16-mixed and not say so
+        refuse("precision", "'16-mixed' without a CUDA device", "'32-true' or 'bf16-mixed'", "take bf16-mixed, or a CUDA device")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it advises to use more of the machine
         if (started := _started()) is not None:
@@ -196,6 +205,7 @@ def train(
     fabric=None,  # from `make_fabric`; None: one process, full precision, CPU
     save_every: int = 50,  # steps between checkpoints
     watch: Callable[[int, torch.nn.Module], dict] | None = None,  # called at each checkpoint, its numbers join the history
+    show: Callable[[list[dict]], None] | None = None,  # called with the history before a checkpoint is written, by the first process
     progress: bool = True,  # show a bar on standard error
 ) -> list[dict]:  # history: one row for each step
     "Train until the recipe is done; continues what it finds, and ends with the same weights as if never interrupted."
@@ -220,6 +230,8 @@ def train(
                 fabric.barrier()
                 if fabric.is_global_zero:
                     _check_weights(model, step, [samples[i].get("name") for i in chosen(step, len(samples), recipe)])
+                    if show is not None:
+                        show(history)
                     _save(path, model, optimiser, fabric, recipe, history)
                 fabric.barrier()
             bar.set_postfix({name: f"{value:.4f}" for name, value in row.items()}, refresh=False)

@@ -1,9 +1,11 @@
 """Training: rate, order, restarts that change nothing, clear ends."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,11 @@ def same(a, b) -> bool:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def whole_in_bf16(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("bf16"), fabric=make_fabric("cpu", precision="bf16-mixed"))
 
 
 @given(st.integers(1, 300), st.floats(1e-6, 1.0), st.data())
@@ -47,17 +54,25 @@ def test_the_order_changes_with_epoch_and_seed():
     assert first != second != chosen(1, 50, Recipe(steps=2, batch=50, seed=1))
 
 
-@pytest.mark.parametrize("steps_before", [1, 7, 23, 41])
-def test_killed_and_continued_ends_bit_identical(tmp_path, whole, steps_before):
+@pytest.mark.parametrize("precision, uninterrupted, draw", [("32-true", "whole", n) for n in range(3)] + [("bf16-mixed", "whole_in_bf16", 3)])
+def test_killed_anywhere_and_continued_ends_bit_identical(tmp_path, request, precision, uninterrupted, draw):
+    seed = int(os.environ.get("KILL_SEED") or int.from_bytes(os.urandom(4), "big"))
+    print(f"the same kills again: KILL_SEED={seed}")  # pytest shows it where the test fails
+    chance = random.Random(seed + draw)
     script = Path(__file__).with_name("toy_training.py")
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True, env=threads)
-    for _ in range(steps_before):
+    process = subprocess.Popen([sys.executable, script, tmp_path, precision], stdout=subprocess.PIPE, text=True, env=threads)
+    for _ in range(chance.randint(1, RECIPE.steps)):
         assert process.stdout.readline() == "step\n"
+    time.sleep(chance.uniform(0, 0.01))  # so that a checkpoint can be half written
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert same(run(tmp_path), whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert same(run(tmp_path, fabric=make_fabric("cpu", precision=precision)), request.getfixturevalue(uninterrupted))
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["checkpoint.pt"]
+
+
+def test_half_precision_changes_the_result(whole, whole_in_bf16):
+    assert not same(whole, whole_in_bf16)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -122,6 +137,36 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         run(tmp_path)
 
 
+PARTS = ["model", "optimiser", "scaler", "recipe", "history"]
+INNER = ["model/body.0.weight", "optimiser/state", "optimiser/param_groups"]
+
+
+@pytest.mark.parametrize("damage", ["removed", "None"])
+@pytest.mark.parametrize("part", PARTS + INNER)
+def test_a_checkpoint_with_a_part_missing_is_named(tmp_path, part, damage):
+    run(tmp_path)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert sorted(kept) == sorted(PARTS)
+    *outer, last = part.split("/")
+    holder = kept[outer[0]] if outer else kept
+    if damage == "removed":
+        del holder[last]
+    else:
+        holder[last] = None
+    torch.save(kept, tmp_path / "checkpoint.pt")
+    with pytest.raises(TrainingError, match=f"{'or damaged' if outer else part + ' missing or damaged'}.* delete it to start again"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, [], {}, {"history": [None]}])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    run(tmp_path)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**kept, **content} if content else content, tmp_path / "checkpoint.pt")
+    with pytest.raises(TrainingError, match="not a whole checkpoint .*history.* delete it to start again"):
+        run(tmp_path)
+
+
 def test_the_checkpoint_of_another_network_is_named(tmp_path):
     run(tmp_path)
     other = Toy()
@@ -151,6 +196,13 @@ def test_no_samples_and_unknown_devices_are_refused(tmp_path):
         make_fabric("gpu")
     with pytest.raises(InputError, match="precision: got '8'"):
         make_fabric(precision="8")
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_fp16_without_cuda_is_refused_and_not_replaced(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="precision: got '16-mixed' without a CUDA device.*'32-true' or 'bf16-mixed'.*take bf16-mixed"):
+        make_fabric(device, 1, "16-mixed")
 
 
 CARD = dict(data="d", recipe={}, metrics={"sad": 1.0}, licence="CC0-1.0", limits="none known")

@@ -48,10 +48,10 @@ def shared(fabric, folder, result):
         torch.save(model.state_dict(), result)
 
 
-if __name__ == "__main__":  # python toy_training.py FOLDER: says each step, so that it can be killed at any of them
+if __name__ == "__main__":  # python toy_training.py FOLDER PRECISION: says each step, so that it can be killed at any of them
     class Talking(Toy):
         def forward(self, batch):
             print("step", flush=True)
             return super().forward(batch)
 
-    run(Path(sys.argv[1]), Talking())
+    run(Path(sys.argv[1]), Talking(), fabric=make_fabric("cpu", precision=sys.argv[2]))
