@@ -302,10 +302,11 @@ def add_recipe_options(parser):
     parser.add_argument("--upsampling", help="region-aware (default), local ensemble, vanilla or bilinear")
     parser.add_argument("--scales", type=int, help="maps that are fused, 1 to 3 (default)")
     parser.add_argument("--kernel", type=int, help="codes along each axis (default 2)")
+    parser.add_argument("--coordinates", help="what a region-aware function is told beside a code: relative (default, Eq. 2) or offset (Sec. 2.3)")
     parser.add_argument("--pseudo", help="masks of the posterior: thresholds of alpha (default) or raters")
     parser.add_argument("--weighting", help="of the losses: kendall (default) or oscillating")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
-    parser.add_argument("--precision", default="32-true", help="32-true (default), bf16-mixed or 16-mixed")
+    parser.add_argument("--precision", default="32-true", help="32-true (default), bf16-mixed, or with CUDA 16-mixed")
     parser.add_argument("--processes", type=int, default=1, help="on this machine (default 1)")
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS", help="steps between checkpoints (default 50)")
 
@@ -320,7 +321,7 @@ def add_3dmm_options(parser):
     group.add_argument("--no-masks", action="store_true", default=None, help="the ablation: the matting branch is not told the masks")
 
 # %% ../nbs/60_cli.ipynb #ed17a2f3
-ONLY_2D = ("upsampling", "scales", "kernel", "pseudo", "weighting", "data_folder")
+ONLY_2D = ("upsampling", "scales", "kernel", "coordinates", "pseudo", "weighting", "data_folder")
 ONLY_3D = ("widths", "units", "crop", "aimed", "no_masks")
 
 
@@ -360,7 +361,7 @@ def train_slices(arguments) -> tuple:  # run and scores
 
     samples = len(matting_set(arguments.data, arguments.data_folder).fold(arguments.fold).train)
     run = FoldRun(arguments.kind, arguments.data, arguments.fold, read_recipe(arguments, paper_recipe, samples, 100), arguments.size,
-                  given_options(arguments, ("upsampling", "scales", "kernel")), **given_options(arguments, ("pseudo", "weighting")),
+                  given_options(arguments, ("upsampling", "scales", "kernel", "coordinates")), **given_options(arguments, ("pseudo", "weighting")),
                   precision=arguments.precision, processes=arguments.processes)
     return run, train_fold(run, arguments.output, device=arguments.device, data_folder=arguments.data_folder, save_every=arguments.save_every)
 

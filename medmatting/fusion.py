@@ -36,13 +36,17 @@ def make_upsampling(
     out_channels: int,  # of the result; "bilinear" keeps `channels`
     hidden: int = 128,  # width of the hidden layer of the implicit function
     kernel: int = 2,  # k: k*k codes answer each query; "vanilla" has one
+    coordinates: str = "relative",  # what "region-aware" is told: "relative" (Eq. 2) or "offset" (Sec. 2.3)
 ) -> nn.Module:  # called with features and size; has `out_channels`
     "The module that reads a map at a finer grid."
     if name not in UPSAMPLINGS:
         refuse("upsampling", describe(name), " or ".join(map(repr, UPSAMPLINGS)), "choose one of these")
+    if coordinates != "relative" and name != "region-aware":
+        refuse("coordinates", f"{describe(coordinates)} for {name!r}", "'relative' where no position is learned", "leave it out, or choose 'region-aware'")
     if name == "bilinear":
         return BilinearUpsample(channels)
-    return ImplicitUpsample(channels, out_channels, hidden, 1 if name == "vanilla" else kernel, learn_offsets=name == "region-aware")
+    return ImplicitUpsample(channels, out_channels, hidden, 1 if name == "vanilla" else kernel, learn_offsets=name == "region-aware",
+                            coordinates=coordinates)
 
 # %% ../nbs/24_fusion.ipynb #33360bde
 class NestedFusion(nn.Module):
@@ -56,6 +60,7 @@ class NestedFusion(nn.Module):
         read: int = 32,  # channels that each implicit function gives
         hidden: int = 128,  # width of its hidden layer
         kernel: int = 2,  # codes along each axis
+        coordinates: str = "relative",  # what a region-aware function is told: "relative" or "offset"
     ):
         super().__init__()
         if type(scales) is not int or not 1 <= scales <= len(widths):
@@ -63,7 +68,7 @@ class NestedFusion(nn.Module):
         self.scales, below = scales, widths[scales - 1]
         readers = []  # the coarsest pair first
         for width in reversed(widths[: scales - 1]):
-            readers.append(make_upsampling(upsampling, below, read, hidden, kernel))
+            readers.append(make_upsampling(upsampling, below, read, hidden, kernel, coordinates))
             below = width + readers[-1].out_channels
         self.readers, self.out_channels = nn.ModuleList(readers), below
 

@@ -32,6 +32,7 @@ class MattingUNet(nn.Module):
         kernel: int = 2,  # codes along each axis of the implicit function
         read: int = 32,  # channels that it gives
         hidden: int = 128,  # width of its hidden layer
+        coordinates: str = "relative",  # what a region-aware function is told: "relative" or "offset"
     ):
         super().__init__()
         fine, middle, coarse = widths
@@ -40,7 +41,7 @@ class MattingUNet(nn.Module):
         self.lowest = Down(residual_group(middle, coarse, units))
         self.up2 = residual_group(middle + coarse + 1, middle, units)
         self.up1 = residual_group(fine + middle + 1, fine, units)
-        self.fusion = NestedFusion(widths, upsampling, scales, read, hidden, kernel)
+        self.fusion = NestedFusion(widths, upsampling, scales, read, hidden, kernel, coordinates)
         self.output = OutputBlock(self.fusion.out_channels)
 
     def features(self, x: torch.Tensor, uncertainty: torch.Tensor) -> list[torch.Tensor]:
@@ -103,13 +104,14 @@ class RegionAware(TwoHalves):
         kernel: int = 2,  # codes along each axis
         read: int = 32,  # channels that the implicit function gives
         hidden: int = 128,  # width of its hidden layer
+        coordinates: str = "relative",  # what a region-aware function is told: the way to the query (Eq. 2), or "offset" (Sec. 2.3)
     ):
         segmentation = ProbabilisticUNet(channels, widths, latent, convs=convs)
-        matting = MattingUNet(channels + widths[0], matting_widths, units, upsampling, scales, kernel, read, hidden)
+        matting = MattingUNet(channels + widths[0], matting_widths, units, upsampling, scales, kernel, read, hidden, coordinates)
         super().__init__(segmentation, initialise_body(matting), samples)
         self.config = dict(channels=channels, widths=list(widths), convs=convs, latent=latent, samples=samples,
                            matting_widths=list(matting_widths), units=units, upsampling=upsampling, scales=scales, kernel=kernel,
-                           read=read, hidden=hidden)
+                           read=read, hidden=hidden, coordinates=coordinates)
 
 
 def initialise_body(matting: MattingUNet) -> MattingUNet:

@@ -118,6 +118,7 @@ def said(capsys) -> str:
     (["--pseudo", "dice"], "pseudo: got 'dice'"),
     (["--weighting", "equal"], "weighting: got 'equal'"),
     (["--upsampling", "cubic"], "upsampling"),
+    (["--coordinates", "absolute"], "coordinates: got 'absolute'"),
     (["--precision", "8"], "precision: got '8'"),
     (["--device", "tpu"], "device: got 'tpu'"),
     (["--batch", 0], "--batch: got 0"),

@@ -1,14 +1,19 @@
 """The 2D networks as wholes: sizes, what reaches what, determinism, refusals."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import medmatting
 from medmatting import InputError
 from medmatting.blocks import count_parameters
 from medmatting.fusion import UPSAMPLINGS, NestedFusion, make_upsampling
 from medmatting.medical_matting import ChannelAttention, MedicalMatting
 from medmatting.plain_unet import PlainUNet
+from medmatting.predict import load_network, load_shipped
 from medmatting.region_aware import RegionAware
+from medmatting.train import CARD, read_weights, save_weights
 
 SMALL = dict(widths=(6, 8, 10), convs=1, matting_widths=(6, 8, 10), units=1)
 NETS = {
@@ -109,6 +114,46 @@ def test_unknown_ways_and_scales_are_refused():
         RegionAware(**SMALL, upsampling="cubic")
     with pytest.raises(InputError, match="scales: got 4"):
         RegionAware(**SMALL, scales=4)
+
+
+def one_step(coordinates):
+    "A region-aware network after one step, and alpha of an image before and after it."
+    torch.manual_seed(0)
+    net, (image, mask) = RegionAware(**SMALL, read=5, hidden=7, coordinates=coordinates), batch()
+    optimiser, answers = torch.optim.SGD(net.parameters(), 0.1), [alpha_of(net, image)]
+    net.train()(image, mask, torch.Generator().manual_seed(1)).alpha.sub(mask).square().mean().backward()
+    optimiser.step()
+    return net, [*answers, alpha_of(net, image)]
+
+
+def alpha_of(net, image):
+    with torch.no_grad():
+        return net.eval()(image, generator=torch.Generator().manual_seed(0)).alpha
+
+
+def test_both_conventions_of_the_paper_train_differ_and_come_back(tmp_path):
+    (relative, (a0, a1)), (offset, (b0, b1)) = one_step("relative"), one_step("offset")
+    assert not torch.allclose(a0, a1) and not torch.allclose(b0, b1) and not torch.allclose(a0, b0) and not torch.allclose(a1, b1)
+    for net, expected in ((relative, a1), (offset, b1)):
+        save_weights(tmp_path / "net.safetensors", net, dict.fromkeys(CARD, ""))
+        loaded, _ = load_network(tmp_path / "net.safetensors")
+        assert loaded.config == net.config and torch.equal(alpha_of(loaded, batch()[0]), expected)
+
+
+@pytest.mark.parametrize("name", ["nodules", "skin"])
+def test_shipped_weights_without_a_convention_have_that_of_equation_2(name):
+    path = Path(medmatting.__file__).parent / "data" / "models" / f"{name}.safetensors"
+    kind, config, _, _ = read_weights(path)
+    assert kind == "region-aware" and "coordinates" not in config
+    assert {reader.coordinates for reader in load_shipped(name)[0].matting.fusion.readers} == {"relative"}
+
+
+@pytest.mark.parametrize("name", UPSAMPLINGS[:3])
+def test_the_other_convention_is_refused_where_no_position_is_learned(name):
+    with pytest.raises(InputError, match=f"coordinates: got 'offset' for '{name}'"):
+        RegionAware(**SMALL, upsampling=name, coordinates="offset")
+    with pytest.raises(InputError, match="coordinates: got 'absolute'"):
+        RegionAware(**SMALL, coordinates="absolute")
 
 
 def test_channel_attention_equals_its_formula():
