@@ -84,6 +84,14 @@ class Labelling:
         return tuple(sorted(path.parent.name for path in (self.folder / "cases").glob("*/case.json")))
 
 # %% ../nbs/47_labelling.ipynb #1ba37292
+def _begin(folder: Path, settings: LabellingSettings) -> Labelling:
+    "Store the settings of a labelling that has no case yet."
+    _check_settings(settings)
+    with atomic_path(folder / "labelling.json") as temporary:
+        temporary.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+    return Labelling(folder, settings)
+
+
 def open_labelling(
     folder: str | Path,  # made if it is not there
     settings: LabellingSettings | None = None,  # None: those of the folder, or the defaults for a new one
@@ -92,15 +100,14 @@ def open_labelling(
     folder = Path(folder).expanduser()
     file = folder / "labelling.json"
     if not file.exists():
-        settings = _check_settings(settings or LabellingSettings())
-        with atomic_path(file) as temporary:
-            temporary.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
-        return Labelling(folder, settings)
+        return _begin(folder, settings or LabellingSettings())
     try:
         stored = _check_settings(_from_json(json.loads(file.read_text(encoding="utf-8"))))
     except (ValueError, TypeError, AttributeError) as error:
         refuse("folder", f"{file}, which cannot be read ({error})", "the settings this package wrote", "restore the file, or begin a new folder")
     if settings is not None and settings != stored:
+        if not Labelling(folder, stored).cases():
+            return _begin(folder, settings)
         changed = [name for name, value in asdict(stored).items() if asdict(settings)[name] != value]
         refuse("settings", f"other {', '.join(changed)} than those of {folder}", "the settings it was begun with",
                "leave settings out, or begin a new folder")
@@ -185,6 +192,14 @@ def _made_from(settings: LabellingSettings, image: Volume, masks: np.ndarray) ->
             **{name: getattr(settings, name) for name in names}}
 
 # %% ../nbs/47_labelling.ipynb #0de17704
+def _check_uncropped(settings: LabellingSettings, name: str, image: Volume):
+    "Refuse to crop what looks cropped and resampled already."
+    if None not in (settings.size_px, settings.spacing_mm) and np.allclose(image.spacing, settings.spacing_mm, rtol=1e-3):
+        refuse(name, f"voxels of {settings.spacing_mm:g} mm, as after resampling, with size_px {settings.size_px}", "an image as scanned, to be cropped",
+               "say --setting size_px null (size_px=None) for images that are crops already, such as those of medmatting data lidc,"
+               " or --setting spacing_mm null (spacing_mm=None) for a scan with such voxels")
+
+
 def _check_case(settings: LabellingSettings, name: str, image: Volume, masks) -> tuple[Volume, np.ndarray]:
     "The image with its unit and the masks (R, D, H, W), or a refusal."
     if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]{0,99}", name):
@@ -194,6 +209,7 @@ def _check_case(settings: LabellingSettings, name: str, image: Volume, masks) ->
         refuse(name, f"an image of shape {image.array.shape}", "one grey volume (D, H, W)", "label volumes here")
     if len(binary) < settings.least_raters:
         refuse(name, f"masks of {len(binary)} rater(s)", f"at least {settings.least_raters}", "lower least_raters if this is meant")
+    _check_uncropped(settings, name, image)
     return image.with_array(image.array, unit=image.unit or settings.unit), binary
 
 # %% ../nbs/47_labelling.ipynb #8988df09

@@ -149,6 +149,20 @@ def test_settings_stay_those_a_folder_was_begun_with(labelling):
         lb.open_labelling(labelling.folder)
 
 
+def test_an_image_that_looks_cropped_and_resampled_is_not_cropped_again(tmp_path):
+    image, masks = nodule()
+    fine = image.with_array(image.array, spacing=(0.5, 0.5, 0.5))
+    made = lb.open_labelling(tmp_path, lb.LabellingSettings(methods=("cf",), size_px=12))
+    with pytest.raises(InputError, match="one: got voxels of 0.5 mm.*size_px 12.*size_px null.*spacing_mm null"):
+        lb.add_case(made, "one", fine, masks)
+    made = lb.open_labelling(tmp_path, lb.LabellingSettings(methods=("cf",), size_px=None))  # no case yet: settings may change
+    assert lb.add_case(made, "one", fine, masks) and lb.read_case(made, "one").image.shape == image.shape
+    with pytest.raises(InputError, match="other size_px, spacing_mm"):
+        lb.open_labelling(tmp_path, lb.LabellingSettings(methods=("cf",), size_px=12, spacing_mm=None))
+    scan = lb.open_labelling(tmp_path / "scan", lb.LabellingSettings(methods=("cf",), size_px=12, spacing_mm=None))
+    assert lb.add_case(scan, "one", fine, masks) and lb.read_case(scan, "one").image.shape[1:] == (12, 12)
+
+
 @pytest.mark.parametrize("methods", [("cf", "cf"), (), ("bayesian",), ("cff",), "cf"])
 def test_methods_that_cannot_be_candidates_are_refused(tmp_path, methods):
     with pytest.raises(InputError, match="methods"):

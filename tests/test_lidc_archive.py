@@ -14,11 +14,15 @@ from medmatting import lidc_archive
 from medmatting.checks import InputError, WriteError
 from medmatting.cli import main
 from medmatting.dicom import read_slices
+from medmatting.decisions import review_automatically
 from medmatting.files import read
+from medmatting.labelled_set import export_set
+from medmatting.labelling import open_labelling
 from medmatting.lidc import shape
 from medmatting.lidc_archive import (Annotation, ArchiveSettings, Outline, annotation_mask, convert_archive, fill_outline, find_nodules,
                                      group_annotations, outline_pixels, read_annotations)
 from medmatting.trimaps import trimap_from_raters
+from medmatting.volume_sets import Samples, volume_set
 from medmatting.volumes import Volume, crop_nodule, resample
 
 SMALL = ArchiveSettings(size_px=24, pad_slices=1, spacing_mm=1.0)
@@ -479,3 +483,38 @@ def test_an_oblique_series_is_refused_by_name(tmp_path, capsys):
     assert main(["data", "lidc", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "axial slices" in said and "Traceback" not in said and not (tmp_path / "out" / "cases").exists()
+
+
+# ---- from the archive to samples
+
+
+def soft_nodule(root, patient):
+    "A series with a soft ball in lung, outlined by four readers."
+    archived = Archived(root, [balls(patient)], patient=f"LIDC-IDRI-{patient:04d}", seed=patient)
+    middle = np.argwhere(archived.masks[0].all(0)).mean(0)
+    away = np.sqrt(sum(((g - m) * s) ** 2 for g, m, s in zip(np.indices(archived.ct.shape), middle, (1.5, 0.75, 0.75))))
+    ct = -850 + 880 * np.clip((4.75 - away) / 2, 0, 1) + np.random.default_rng(patient).normal(0, 10, away.shape)
+    for ds, plane in zip(archived.datasets, np.round(ct).astype(np.int16)):
+        ds.PixelData = (plane + 1024).tobytes()
+    archived.write()
+
+
+def test_from_the_archive_to_a_sample_nothing_is_cropped_twice(tmp_path, capsys):
+    for patient in range(1, 9):  # two of eight are the least test part
+        soft_nodule(tmp_path / "in", patient)
+    assert (convert_archive(tmp_path / "in", tmp_path / "nodules", ArchiveSettings(size_px=40)).nodules.status == "kept").all()
+    cases, words = tmp_path / "nodules" / "cases", ["-o", str(tmp_path / "labelling"), "--setting", "methods", '["cf", "cf+"]']
+    capsys.readouterr()
+    assert main(["label", str(cases), *words]) == 1
+    assert capsys.readouterr().err.count("say --setting size_px null") == 8 and not (tmp_path / "labelling" / "cases").exists()
+    assert main(["label", str(cases), *words, "--setting", "size_px", "null"]) == 0
+    labelling = open_labelling(tmp_path / "labelling")
+    assert review_automatically(labelling).decision.isin(["cf", "cf+"]).all()
+    export_set(labelling, tmp_path / "set")
+    data = volume_set(tmp_path / "set")
+    assert len(data.digests) == 8 and set(data.digests) == {path.name for path in cases.iterdir()}
+    for name in data.digests:
+        crop, case = read(cases / name / "image.nii.gz"), data.case(name)
+        assert case.ct.shape == crop.shape and np.array_equal(case.ct.array, crop.array) and crop.shape[1:] == (60, 60)
+    sample = Samples(data, data.split(0).train)[0]
+    assert sample["name"] in data.digests and 0 < sample["alpha"].mean() < 1
