@@ -21,7 +21,7 @@ from medmatting.files import read, write
 from medmatting.folds import Fold, repeated_splits
 from medmatting.labelled_set import COLUMNS
 from medmatting.lidc import shape, shapes
-from medmatting.malignancy import (INPUTS, RULES, MalignancyRun, Voxels, archive_nodules, cube, input_map, is_malignant, kept_inputs, logistic,
+from medmatting.malignancy import (INPUTS, RULES, MalignancyRun, Voxels, archive_nodules, cube, find_archive, input_map, is_malignant, kept_inputs, logistic,
                                    nodule_inputs, simulated_nodules, train_classifier)  # fmt: skip
 from medmatting.recipes_classification import ClassObjective, class_sample, probabilities, turned
 from medmatting.registry import sha256_of
@@ -251,15 +251,27 @@ def test_inputs_of_another_archive_or_truth_are_not_taken_for_these(archive, tmp
     np.testing.assert_allclose(true[1], true[0] / 2, atol=1e-4)
 
 
-def test_with_lidc_the_notebook_is_the_experiment(tmp_path):
+def test_the_archive_is_found_in_the_data_folder_by_its_names(archive):
+    assert find_archive(archive) == (None, None)
+    (archive / "lidc").rename(archive / "lidc_cases")
+    assert find_archive(archive) == (archive / "lidc_cases", None)
+    (archive / "set").rename(archive / "lidc_labelled")
+    assert find_archive(archive) == (archive / "lidc_cases", archive / "lidc_labelled")
+
+
+def test_with_lidc_the_notebook_is_the_experiment(tmp_path, monkeypatch):
     write_archive(tmp_path, 20, labelled=range(20))
-    values = dict(out_dir=str(tmp_path), lidc=str(tmp_path / "lidc"), labelled=str(tmp_path / "set"), side=32, pool=1, inputs=["mean", "gt"], seeds=[0, 1],
+    (tmp_path / "lidc").rename(tmp_path / "lidc_cases")
+    (tmp_path / "set").rename(tmp_path / "lidc_labelled")
+    monkeypatch.setenv("MEDMATTING_DATA", str(tmp_path))
+    values = dict(out_dir=str(tmp_path), profile="full", side=32, pool=1, inputs=["mean", "gt"], seeds=[0, 1],
                   steps=2, warmup=1, batch=4, resamples=100, device="cpu", runs_dir=str(tmp_path / "runs"))  # fmt: skip
     papermill.execute_notebook(NBS / "experiments" / "malignancy.ipynb", tmp_path / "done.ipynb", values, progress_bar=False)
     measures = pd.read_csv(tmp_path / "measures.csv").set_index("measure")
     assert {"td.f5.resnet34.mean.auroc", "td.f5.resnet34.gt.auroc"} <= set(measures.index) and (measures.data == "lidc_idri").all()
     cases = pd.read_csv(tmp_path / "cases.csv")
     assert cases.patient.str.fullmatch(r"P\d\d").all() and set(cases.input) == {"mean", "gt"} and cases.probability.between(0, 1).all()
+    assert "taken: lidc_cases, true mattes of lidc_labelled" in (tmp_path / "done.ipynb").read_text()
     assert "simulated" not in "".join((tmp_path / f"{name}.md").read_text() for name in ("auroc", "labels", "orderings", "ratings"))
 
 
