@@ -129,6 +129,23 @@ def test_intervals_cover_an_axis(length, tile, overlap):
     assert all(a.stop - b.start >= overlap for a, b in zip(parts, parts[1:])) and all(p.stop - p.start == min(tile, length) for p in parts)
 
 
+@pytest.mark.parametrize("shape", [(24, 24, 24), (36, 24, 48)])
+def test_tiles_are_put_together_as_monai_does_with_the_same_weights(shape):
+    "On the network's own grid, where tiles divide it evenly, the sliding window of MONAI is the same sum."
+    from monai.inferers import sliding_window_inference
+
+    torch.manual_seed(0)
+    net = Matting3D(widths=(2, 3), units=1, convs=1).eval()
+    ct = Volume(np.random.default_rng(0).uniform(-1000, 400, shape).astype(np.float32), (0.5,) * 3, unit="HU")
+    ours = predict_volume(net, ct, tile=24, overlap=12).alpha.array
+    near = np.minimum(np.arange(24), np.arange(24)[::-1]) + 0.5
+    weights = torch.tensor(near[:, None, None] * near[:, None] * near, dtype=torch.float32)
+    with torch.inference_mode():
+        theirs = sliding_window_inference(torch.from_numpy(scale_hu(ct.array))[None, None], (24,) * 3, 1, lambda image: net(image).alpha,
+                                          overlap=0.5, roi_weight_map=weights)[0, 0].numpy()
+    assert np.ptp(theirs) > 1e-3 and np.abs(ours - theirs).max() < 1e-4
+
+
 def test_rows_of_other_weights_are_not_used(tmp_path):
     ct = Volume(np.random.default_rng(0).normal(-500, 100, (12, 12, 12)).astype(np.float32), (1.0, 1.0, 1.0), unit="HU")
     answers = []
