@@ -344,6 +344,15 @@ def score(
         result.update({f"{key}_unknown": value for key, value in unknown.items()})
     return result
 
+# %% ../nbs/06_metrics.ipynb #52afc775
+def _box(alpha, truth, sigma_mm: float, spacing) -> tuple[slice, ...]:
+    "Where either matte is not 0, widened by the reach of the kernel on each axis and a voxel."
+    where = [np.flatnonzero((np.maximum(alpha, truth) > 0).any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    if not len(where[0]):
+        return (slice(0, 1),) * 3
+    margins = [len(_kernels(sigma_mm / size)[0]) // 2 + 1 for size in spacing]
+    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) for at, margin in zip(where, margins))
+
 # %% ../nbs/06_metrics.ipynb #e974d635
 def _error_maps(alpha, truth, rules: Protocol, spacing, connectivity, sigma_mm) -> tuple[dict, dict]:
     "Error of each voxel for the four measures, and the settings to report with them."
@@ -355,8 +364,12 @@ def _error_maps(alpha, truth, rules: Protocol, spacing, connectivity, sigma_mm) 
         settings["sigma_mm"] = SIGMA * min(spacing) if sigma_mm is None else float(sigma_mm)
     filters = (settings["sigma_mm"], spacing) if rules.physical else (SIGMA, None)
     connection = _original_connection_error if rules.conn == "original" else _connection_error
-    maps = {"sad": np.abs(alpha - truth), "mse": (alpha - truth) ** 2,
-            "grad": _gradient_error(alpha, truth, *filters, rules.stretch), "conn": connection(alpha, truth, structure)}
+    maps = {"sad": np.abs(alpha - truth), "mse": (alpha - truth) ** 2}
+    box = _box(alpha, truth, settings["sigma_mm"], spacing) if rules.physical else ...
+    alpha, truth = alpha[box], truth[box]
+    for name, errors in (("grad", _gradient_error(alpha, truth, *filters, rules.stretch)), ("conn", connection(alpha, truth, structure))):
+        maps[name] = np.zeros(maps["sad"].shape)
+        maps[name][box] = errors
     return maps, settings
 
 

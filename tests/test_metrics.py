@@ -440,3 +440,13 @@ def test_other_greys_in_a_trimap_are_for_one_protocol_only():
 
 def test_rounding_of_float32_is_let_through():
     assert sad(FLAT.astype(np.float32) * 2 + np.float32(2e-7), np.ones_like(FLAT)) == 0
+
+
+@given(seed=st.integers(0, 2**32 - 1), spacing=st.tuples(*[st.floats(0.3, 3)] * 3))
+def test_score_of_a_small_nodule_equals_the_measures_of_the_whole_volume(seed, spacing):
+    rng = np.random.default_rng(seed)
+    before, after = rng.integers(0, 9, (2, 3))
+    alpha, truth = (np.pad(rng.random((4, 5, 6)) * (rng.random((4, 5, 6)) > 0.6), list(zip(before, after))) for _ in range(2))
+    found = score(alpha, truth, spacing=spacing)
+    assert found["grad"] == grad(alpha, truth, sigma=found["sigma_mm"], spacing=spacing)
+    assert found["conn"] == conn(alpha, truth) and found["sad"] == sad(alpha, truth)
