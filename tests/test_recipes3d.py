@@ -146,6 +146,39 @@ def test_tiles_are_put_together_as_monai_does_with_the_same_weights(shape):
     assert np.ptp(theirs) > 1e-3 and np.abs(ours - theirs).max() < 1e-4
 
 
+PEAK = """
+import resource, sys
+import numpy as np, torch
+from medmatting.matting3d import Matting3DOutput
+from medmatting.predict3d import predict_volume
+from medmatting.volumes import Volume
+
+class Stub(torch.nn.Module):
+    kind, config = "3dmm", dict(widths=[1])
+    def __init__(self):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, image):
+        return Matting3DOutput(image, image, image)
+
+torch.set_num_threads(1)
+for slices in (96, 240):
+    array = np.empty((slices, 192, 192), np.int16)
+    array[:] = np.arange(-500, -308)
+    predict_volume(Stub(), Volume(array, (1.0, 0.5, 0.5), unit="HU"), overlap=8, work=sys.argv[1])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_grows_with_the_ct_and_its_answer_only(tmp_path):
+    "Twice the answer in float32 holds the answer and the CT in int16; a copy of the volume at 0.5 mm alone would be twice the answer more."
+    freed = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}  # what is freed leaves the process, so that the peak is what was held
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True, env=freed)
+    small, large = map(int, done.stdout.split())
+    answer = (240 - 96) * 192 * 192 * 4  # bytes that the longer one has more
+    assert (large - small) / answer < 2, (small, large)
+
+
 def test_rows_of_other_weights_are_not_used(tmp_path):
     ct = Volume(np.random.default_rng(0).normal(-500, 100, (12, 12, 12)).astype(np.float32), (1.0, 1.0, 1.0), unit="HU")
     answers = []
