@@ -1,5 +1,5 @@
 # Workflow of the reproduction, read from nbs/experiments/manifest.yml: one rule for each item.
-# `medmatting reproduce` calls it. On a cluster, with the executor plugin installed:
+# `medmatting reproduce` calls it. On a cluster, after `pip install snakemake-executor-plugin-slurm`:
 #   snakemake --executor slurm --jobs 20 --directory build --config profile=full threads=8
 import sys
 

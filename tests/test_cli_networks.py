@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -413,6 +414,17 @@ def trained3d(volumes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("3dmm") / "run"
     assert run(*volume_words(volumes, folder)) == 0
     return folder
+
+
+def test_torchrun_starts_the_command_line_on_several_processes(volumes, trained3d, tmp_path):
+    words = [str(word) for word in volume_words(volumes, tmp_path / "run")]
+    code = "import sys; from medmatting.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", code, *words]
+    env = {**os.environ, "PYTHONPATH": str(Path(mm.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    alone, two = (pd.read_csv(folder / "history.csv") for folder in (trained3d, tmp_path / "run"))
+    np.testing.assert_allclose(two.loss, alone.loss, rtol=2e-4)  # sums of two halves are rounded otherwise than a sum of all
 
 
 @pytest.fixture

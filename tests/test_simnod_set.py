@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_noise_is_that_of_real_scans(measured):
 def test_readers_agree_as_those_of_all_897(measured):
     simulated = [case for texture in simnod.TEXTURES for case in measured[texture]]
     assert abs(np.mean([case["dice"] for case in simulated]) - 0.773) < 0.083 and abs(np.mean([case["iou"] for case in simulated]) - 0.444) < 0.133
+
+
+def test_readers_of_50_outlines_agree_and_vary_as_those_of_all_897():
+    found = []
+    for one in simnod_set.plan(50, seed=3):
+        masks = simnod_set.outlines(one.index, one.side)[1]
+        dice = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in combinations(masks, 2)]
+        found.append((np.mean(dice), masks.all(0).sum() / masks.any(0).sum()))
+    (dice, overlap), (dice_spread, overlap_spread) = np.mean(found, 0), np.std(found, 0, ddof=1)
+    assert abs(dice - 0.773) < 0.035 and 0.75 < dice_spread / 0.083 < 1.33
+    assert abs(overlap - 0.444) < 0.055 and 0.75 < overlap_spread / 0.133 < 1.33
 
 
 def test_background_is_a_turned_piece_of_the_scan_and_nothing_is_filled_in():
