@@ -296,7 +296,7 @@ def test_the_shipped_models_are_small_hashed_and_have_a_card():
     sums = dict(line.split()[::-1] for line in (MODELS / "SHA256SUMS").read_text().splitlines())
     assert {path.name for path in MODELS.iterdir()} == {*sums, "README.md", "SHA256SUMS"} and len(sums) == len(SHIPPED)
     assert all(hashlib.sha256((MODELS / name).read_bytes()).hexdigest() == sha256 for name, sha256 in sums.items())
-    assert sum((MODELS / name).stat().st_size for name in sums) < 1.5e6 * len(sums)
+    assert all((MODELS / name).stat().st_size < (3.2e6 if name == "nodules3d.safetensors" else 1.5e6) for name in sums)
     for name in SHIPPED.values():
         net, card = load_shipped(name)
         assert net.config["channels"] == (3 if name == "skin" else 1) and not net.training and {*CARD, "input", "short"} <= card.keys()
