@@ -218,6 +218,7 @@ def test_control_c_leaves_no_file(files, tmp_path, where):
     module, name = where.rsplit(".", 1)
     code = f"""
 import importlib, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 module = importlib.import_module({module!r})
 original = module.{name}
 def interrupted(*arguments, **options):
