@@ -346,9 +346,14 @@ class Server:
         self.log = open(home / "log", "w")
         command = [sys.executable, "-m", "medmatting", "review", str(labelling.folder), "--no-browser"]
         self.process = subprocess.Popen(command, env={**os.environ, **places, "JUPYTER_PREFER_ENV_PATH": "1", "NUMBA_NUM_THREADS": "1"},
-                                        stdout=subprocess.PIPE, stderr=self.log, text=True)  # fmt: skip
+                                        stdout=subprocess.PIPE, stderr=self.log, text=True, preexec_fn=self._listen)  # fmt: skip
         self.address = re.search(r"http://\S+", self.process.stdout.readline()).group()  # once it answers
         self.port = int(re.search(r"127\.0\.0\.1:(\d+)/doc/tree/review.ipynb\?token=\w{32,}$", self.address).group(1))
+
+    @staticmethod
+    def _listen():
+        "Hear Ctrl-C, which a shell lets its background jobs ignore."
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def stop(self):
         "Ctrl-C."
