@@ -35,7 +35,7 @@ from .registry import data_folder
 from .simnod_set import VOXEL_MM, make_case, plan
 from .train import Recipe, make_fabric, train
 from .trimaps import trimap_from_raters
-from .volumes import Volume, resample_like
+from .volumes import Volume, bounds, resample_like
 
 # %% ../nbs/49b_malignancy.ipynb #7e09e05b
 RULES = {"mean": "mean below 3 or above 3, exactly 3 left out", "median": "median below 3 or above 3, exactly 3 left out",
@@ -210,8 +210,7 @@ def nodule_inputs(
 ) -> dict[str, np.ndarray]:  # name -> (N, N, N) float32 in [0, 1]
     "All inputs of a nodule."
     voxels = nodule.voxels()
-    inside = [np.flatnonzero(voxels.masks.any(0).any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    centre = [(places[0] + places[-1]) / 2 for places in inside]
+    centre = [(first + last - 1) / 2 for first, last in bounds(voxels.masks.any(0))]
     # A simulated cube has the nodule in its middle already, and lung wherever it ends.
     centre = [(n - 1) / 2 for n in voxels.ct.shape] if voxels.ct.shape == (side,) * 3 else centre
     return {name: np.clip(cube(input_map(name, voxels, nodule.name), centre, side, pool, "edge" if name == "ct" else "constant"), 0, 1) for name in names}

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from .checks import check_finite, check_spacing, describe, refuse
 from .trimaps import UNKNOWN, check_trimap
-from .volumes import Volume, check_same_grid
+from .volumes import Volume, bounds, check_same_grid
 
 # %% ../nbs/06_metrics.ipynb #8375a127
 def _alpha(
@@ -347,11 +347,11 @@ def score(
 # %% ../nbs/06_metrics.ipynb #52afc775
 def _box(alpha, truth, sigma_mm: float, spacing) -> tuple[slice, ...]:
     "Where either matte is not 0, widened by the reach of the kernel on each axis and a voxel."
-    where = [np.flatnonzero((np.maximum(alpha, truth) > 0).any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    if not len(where[0]):
+    matter = np.maximum(alpha, truth) > 0
+    if not matter.any():
         return (slice(0, 1),) * 3
     margins = [len(_kernels(sigma_mm / size)[0]) // 2 + 1 for size in spacing]
-    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) for at, margin in zip(where, margins))
+    return tuple(slice(max(first - margin, 0), last + margin) for (first, last), margin in zip(bounds(matter), margins))
 
 # %% ../nbs/06_metrics.ipynb #e974d635
 def _error_maps(alpha, truth, rules: Protocol, spacing, connectivity, sigma_mm) -> tuple[dict, dict]:

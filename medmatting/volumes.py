@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'MAX_VOXELS', 'Volume', 'check_volume', 'positions', 'check_same_grid', 'resample', 'resample_like', 'crop',
-           'paste', 'read_masks', 'crop_nodule']
+           'paste', 'read_masks', 'bounds', 'crop_nodule']
 
 # %% ../nbs/01_volumes.ipynb #f041df1e
 from collections.abc import Sequence
@@ -277,6 +277,14 @@ def _binary(name: str, mask: np.ndarray) -> np.ndarray:
             return mask != 0
     refuse(name, describe(mask), "a binary mask: bool, 0/1 or 0/255", "threshold it, for example mask > 0.5")
 
+# %% ../nbs/01_volumes.ipynb #5d5de444
+def bounds(
+    mask: np.ndarray,  # bool, any number of axes, not empty
+) -> list[tuple[int, int]]:  # for each axis: first index inside, and the one after the last
+    "The box that holds a mask."
+    where = [np.flatnonzero(mask.any(tuple({*range(mask.ndim)} - {axis}))) for axis in range(mask.ndim)]
+    return [(int(inside[0]), int(inside[-1]) + 1) for inside in where]
+
 # %% ../nbs/01_volumes.ipynb #5caaee70
 def crop_nodule(
     ct: Volume,  # (D, H, W) on the native grid
@@ -289,8 +297,7 @@ def crop_nodule(
         refuse("ct, size_px, pad_slices", f"{ct.ndim} axes, {size_px} and {pad_slices}",
                "3 axes, at least 1 pixel and at least 0 slices", "give a volume (D, H, W)")
     masks = _on_grid(masks, ct)
-    extent = [np.flatnonzero(masks.any(axis=tuple(set(range(4)) - {axis + 1}))) for axis in range(3)]
-    first, last = [int(e[0]) for e in extent], [int(e[-1]) + 1 for e in extent]
+    first, last = zip(*bounds(masks.any(0)))
     if max(last[1] - first[1], last[2] - first[2]) > size_px:
         refuse("size_px", f"{size_px} for a nodule of {last[1] - first[1]} x {last[2] - first[2]} pixels",
                "a square that holds the nodule", "increase size_px")
