@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .checks import WriteError, atomic_path, describe, refuse
+from .checks import WriteError, atomic_path, describe, in_one_line, refuse
 from .files import read, write
 from .hounsfield import Window
 from .lidc import nodule, nodules
@@ -265,17 +265,12 @@ def _row(name: str, method: str, status: str, record: dict) -> dict:
             **{key: record.get(key) for key in ("unknown", "iterations", "residual", "seconds")}, "reason": record.get("reason", "")}
 
 
-def _reason(error: Exception) -> str:
-    "What went wrong, in one line."
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _kept_record(path: Path, made_from: dict, record: dict, status: str) -> tuple[dict, str]:
     "Store the record of a candidate; where that fails, for example because the disk is full, the candidate has failed."
     try:
         _write_record(path, {"made_from": made_from, **record})
     except WriteError as error:
-        return {"reason": _reason(error)}, "failed"
+        return {"reason": in_one_line(error)}, "failed"
     return record, status
 
 # %% ../nbs/47_labelling.ipynb #cca0c706
@@ -294,7 +289,7 @@ def label_case(
             refuse(name, "files that are missing or not as they were written", "a case as add_case wrote it", "add the case again")
         image, trimap = read(folder / "image.nii.gz"), read(folder / "trimap.nii.gz")
     except Exception as error:  # whatever is wrong with one case must not cost the others
-        return [_row(name, "", "failed", {"reason": _reason(error)})]
+        return [_row(name, "", "failed", {"reason": in_one_line(error)})]
     for method in labelling.settings.methods:
         made_from, path = _candidate_made_from(labelling, name, method), folder / f"{method}.json"
         record, status = _record(path), "kept"
@@ -302,7 +297,7 @@ def label_case(
             try:
                 record, status = _solve(labelling, name, method, image, trimap), "computed"
             except Exception as error:
-                record, status = {"reason": _reason(error)}, "failed"
+                record, status = {"reason": in_one_line(error)}, "failed"
             record, status = _kept_record(path, made_from, record, status)
         rows.append(_row(name, method, status, record))
     return rows

@@ -22,7 +22,7 @@ from xml.parsers import expat
 import numpy as np
 
 from . import __version__
-from .checks import InputError, WriteError, atomic_path, refuse
+from .checks import InputError, WriteError, atomic_path, in_one_line, refuse
 from .dicom import Slice, read_slices, stack_slices
 from .files import write
 from .registry import sha256_of
@@ -414,12 +414,6 @@ class _Job:
     reason: str = ""
 
 
-def _reason(error: Exception) -> str:
-    "Why a series is refused, in one line; what this package did not foresee also by its type."
-    said, kind = " ".join(str(error).split()), type(error).__name__
-    return said or kind if isinstance(error, (InputError, OSError, MemoryError)) else f"{kind}: {said}"
-
-
 def _jobs(root: Path, folders: dict[str, Path]) -> list[_Job]:
     "One job for each XML file of CT readings."
     jobs = []
@@ -431,7 +425,7 @@ def _jobs(root: Path, folders: dict[str, Path]) -> list[_Job]:
                 continue
             readings = _readings(xml, root_element)
         except Exception as error:  # one bad file must not cost the rest
-            jobs.append(_Job(xml, None, None, _reason(error)))
+            jobs.append(_Job(xml, None, None, in_one_line(error)))
             continue
         beside = xml.parent if xml.parent in folders.values() else None
         place = folders.get(readings.series, beside)  # a folder may hold two series, of which one was seen
@@ -507,7 +501,7 @@ def convert_archive(
             rows += record["rows"]
             line |= {key: record[key] for key in ("patient", "slices", "sessions", "annotations", "nodules_below_3mm", "other_findings")}
         except Exception as error:  # one bad series must not cost the rest
-            line |= {"status": "refused", "reason": _reason(error)}
+            line |= {"status": "refused", "reason": in_one_line(error)}
         series.append(line)
     return _tables(rows, series + _unread(folders, locked, series, root), before, output)
 

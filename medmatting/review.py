@@ -32,7 +32,7 @@ import numpy as np
 from scipy import ndimage
 
 from . import decisions
-from .checks import InputError, atomic_path, describe, refuse
+from .checks import atomic_path, describe, in_one_line, refuse
 from .hounsfield import LUNG, MEDIASTINUM, Window
 from .labelling import LabelledCase, Labelling, open_labelling, read_case
 from .plots import KINDS, PALETTE, image_kind
@@ -642,8 +642,7 @@ class Judgement:
 # %% ../nbs/48_review.ipynb #66ff1fda
 def told_error(error: Exception) -> str:
     "An error as text for the page: refusals and failed writes as they are, anything else with its type."
-    expected = isinstance(error, (InputError, OSError))
-    return html.escape(str(error) if expected else f"{type(error).__name__}: {error}")
+    return html.escape(in_one_line(error))
 
 # %% ../nbs/48_review.ipynb #fff68d6c
 KEPT = ("window", "axis", "mode", "outlines", "zoomed")  # of the view, from case to case
