@@ -26,7 +26,7 @@ from .matting import METHODS, matte
 from .registry import sha256_of
 from .segmentation import REMEMBERED
 from .trimaps import trimap_from_raters
-from .volumes import Volume, check_volume, crop_nodule, read_masks, resample
+from .volumes import Volume, check_volume, crop_nodule, masks_on_grid, resample
 
 # %% ../nbs/47_labelling.ipynb #5a8d057b
 CANDIDATES = ("cf", "knn", "lb", "if", "cf+", "knn+", "lb+", "if+")
@@ -204,9 +204,9 @@ def _check_case(settings: LabellingSettings, name: str, image: Volume, masks) ->
     "The image with its unit and the masks (R, D, H, W), or a refusal."
     if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]{0,99}", name):
         refuse("name", describe(name), "letters, digits, and . + - _ after the first", "rename the case")
-    binary = read_masks(masks)
     if check_volume("image", image).ndim != 3 or image.channels:
         refuse(name, f"an image of shape {image.array.shape}", "one grey volume (D, H, W)", "label volumes here")
+    binary = masks_on_grid(masks, image)
     if len(binary) < settings.least_raters:
         refuse(name, f"masks of {len(binary)} rater(s)", f"at least {settings.least_raters}", "lower least_raters if this is meant")
     _check_uncropped(settings, name, image)

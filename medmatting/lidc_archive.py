@@ -22,7 +22,7 @@ from xml.parsers import expat
 import numpy as np
 
 from . import __version__
-from .checks import InputError, WriteError, atomic_path, in_one_line, refuse
+from .checks import InputError, atomic_path, in_one_line, refuse
 from .dicom import Slice, read_slices, stack_slices
 from .files import write
 from .registry import sha256_of

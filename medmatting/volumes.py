@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'MAX_VOXELS', 'Volume', 'check_volume', 'positions', 'check_same_grid', 'resample', 'resample_like', 'crop',
-           'paste', 'read_masks', 'bounds', 'crop_nodule']
+           'paste', 'read_masks', 'bounds', 'crop_nodule', 'masks_on_grid']
 
 # %% ../nbs/01_volumes.ipynb #f041df1e
 from collections.abc import Sequence
@@ -296,7 +296,7 @@ def crop_nodule(
     if check_volume("ct", ct).ndim != 3 or size_px < 1 or pad_slices < 0:
         refuse("ct, size_px, pad_slices", f"{ct.ndim} axes, {size_px} and {pad_slices}",
                "3 axes, at least 1 pixel and at least 0 slices", "give a volume (D, H, W)")
-    masks = _on_grid(masks, ct)
+    masks = masks_on_grid(masks, ct)
     first, last = zip(*bounds(masks.any(0)))
     if max(last[1] - first[1], last[2] - first[2]) > size_px:
         refuse("size_px", f"{size_px} for a nodule of {last[1] - first[1]} x {last[2] - first[2]} pixels",
@@ -312,13 +312,16 @@ def _centred(first: int, last: int, size: int, limit: int) -> slice:
     return slice(start, min(limit, start + size))
 
 
-def _on_grid(masks, ct: Volume) -> np.ndarray:
-    "Masks as (R, D, H, W) of bool on the grid of the CT."
+def masks_on_grid(
+    masks,  # (R, D, H, W), or a list of (D, H, W) arrays or Volumes: one binary mask for each rater
+    image: Volume,  # (D, H, W), on whose voxels they lie
+) -> np.ndarray:  # (R, D, H, W) of bool
+    "Raters' masks as one array on the grid of an image, or a refusal."
     binary = read_masks(masks)
     for mask in masks:
         if isinstance(mask, Volume):
-            check_same_grid("masks", mask, ct)
-    if binary.shape[1:] != ct.shape or not binary.any():
-        refuse("masks", describe(binary), f"(raters, {', '.join(map(str, ct.shape))}), the grid of the CT, with at least one voxel marked",
+            check_same_grid("masks", mask, image)
+    if binary.shape[1:] != image.shape or not binary.any():
+        refuse("masks", describe(binary), f"(raters, {', '.join(map(str, image.shape))}), the grid of the image, with at least one voxel marked",
                "give a list of masks, one for each rater")
     return binary

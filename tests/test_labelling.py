@@ -163,6 +163,17 @@ def test_an_image_that_looks_cropped_and_resampled_is_not_cropped_again(tmp_path
     assert lb.add_case(scan, "one", fine, masks) and lb.read_case(scan, "one").image.shape[1:] == (12, 12)
 
 
+def test_masks_on_another_grid_are_refused_for_crops_too(tmp_path):
+    image, masks = nodule()
+    made = lb.open_labelling(tmp_path, SMALL)  # size_px is None
+    moved = [image.with_array(mask.astype(np.uint8), unit="", origin=(0.0, 3.0, 0.0)) for mask in masks]
+    with pytest.raises(InputError, match="masks: got voxels up to 3 mm away"):
+        lb.add_case(made, "moved", image, moved)
+    with pytest.raises(InputError, match="the grid of the image"):
+        lb.add_case(made, "short", image, [mask[1:] for mask in masks])
+    assert made.cases() == ()
+
+
 @pytest.mark.parametrize("methods", [("cf", "cf"), (), ("bayesian",), ("cff",), "cf"])
 def test_methods_that_cannot_be_candidates_are_refused(tmp_path, methods):
     with pytest.raises(InputError, match="methods"):
