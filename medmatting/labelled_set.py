@@ -7,7 +7,6 @@ __all__ = ['COLUMNS', 'Verdict', 'verdict', 'verdicts', 'export_set', 'SetCase',
 
 # %% ../nbs/47b_labelled_set.ipynb #587ca836
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,13 +50,13 @@ def verdict(
     chosen = [d for d in decisions.values() if d["action"] == "choose"]
     if not chosen:
         return left_out("discarded: " + "; ".join(dict.fromkeys(d["reason"] for d in decisions.values())))
-    common = [method for method in chosen[0]["alike"] if all(method in d["alike"] for d in chosen)]
+    names = {d["method"] for d in chosen}
+    common = [method for method in chosen[0]["alike"] if method in names and all(method in d["alike"] for d in chosen)]
     if len(chosen) < len(decisions) or not common:
         return left_out(_disagreement(decisions))
     if any(case.digests.get(d["method"]) != d["matte"] for d in chosen):
         return left_out("the chosen candidate has changed or is missing since it was chosen")
-    names = {d["method"] for d in chosen}
-    return Verdict(case.name, names.pop() if len(names) == 1 else common[0], "", who, when)
+    return Verdict(case.name, common[0], "", who, when)
 
 # %% ../nbs/47b_labelled_set.ipynb #c0d2061e
 def verdicts(

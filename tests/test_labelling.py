@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -429,6 +430,16 @@ def test_a_matte_that_changed_after_it_was_chosen_is_left_out(labelling, tmp_pat
     lb.make_candidates(labelling, progress=False)
     table = ls.export_set(labelling, tmp_path / "set").set_index("case")
     assert not table.accepted.any() and "changed" in table.reason["case-0"] and "not readable" in table.reason["case-1"]
+
+
+def test_what_is_accepted_is_what_a_reviewer_chose(labelling):
+    case = lb.read_case(labelling, "case-0")
+    case = replace(case, candidates={m: case.candidates[m] for m in ("cf+", "lb")}, digests={m: case.digests[m] for m in ("cf+", "lb")})
+    said = lambda method, alike: {"action": "choose", "method": method, "matte": case.digests[method], "alike": alike, "time": "now"}
+    alike = ["cf", "cf+", "lb"]  # when they were chosen there was also cf, which looked the same
+    assert ls.verdict(case, {"Ada": said("lb", alike), "Bob": said("cf+", alike)}).method == "cf+"
+    found = ls.verdict(case, {"Ada": said("lb", ["cf", "lb"]), "Bob": said("cf+", ["cf", "cf+"])})  # each like cf, not like the other
+    assert not found.method and "disagree" in found.reason
 
 
 def test_a_set_is_complete_or_absent(labelling, tmp_path, monkeypatch):
