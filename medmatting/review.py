@@ -32,7 +32,7 @@ import numpy as np
 from scipy import ndimage
 
 from . import decisions
-from .checks import atomic_path, describe, in_one_line, refuse
+from .checks import InputError, atomic_path, describe, in_one_line, refuse
 from .hounsfield import LUNG, MEDIASTINUM, Window
 from .labelling import LabelledCase, Labelling, open_labelling, read_case
 from .plots import KINDS, PALETTE, image_kind
@@ -47,9 +47,10 @@ class ReviewSession:
         self.log, self.names, self.case = decisions.open_decisions(labelling), labelling.cases(), None
         if not self.names:
             refuse("labelling", f"{labelling.folder} without a case", "a labelling with cases", "add cases and compute candidates first")
-        self._reader, self._ahead = ThreadPoolExecutor(1, "review"), {}
+        self._reader, self._ahead, self.unreadable = ThreadPoolExecutor(1, "review"), {}, set()
         self.refresh()
-        self.go(self.next_open() or self.names[0])
+        if not self.go_on():
+            self.go(next((name for name in self.names if name not in self.unreadable), self.names[0]))
 
     def refresh(self):
         "Read what was decided, by this reviewer and by others."
@@ -58,23 +59,40 @@ class ReviewSession:
 
     def go(self, name: str):
         "Open a case, and begin to read the one after it."
-        self.case = self._read(name).result()
+        try:
+            self.case = self._read(name).result()
+        except (InputError, OSError):
+            self.unreadable.add(name)
+            raise
+        self.unreadable.discard(name)
         methods = tuple(self.case.candidates)
         self.order = decisions.blind_order(methods, name, self.seed) if self.blind else methods
         self._ahead = {key: self._read(key) for key in (name, self.next_open() or name)}
 
+    def go_on(self) -> bool:
+        "Open the next case that this reviewer has not decided, past those that cannot be read; False when there is none."
+        while name := self.next_open():
+            try:
+                self.go(name)
+                return True
+            except (InputError, OSError) as error:
+                self.log.messages.append(in_one_line(error))
+        return False
+
     def _read(self, name: str):
-        "A case, as a future."
-        return self._ahead.get(name) or self._reader.submit(read_case, self.labelling, name)
+        "A case, as a future; one that could not be read is read again, for it may have been restored."
+        ahead = None if name in self.unreadable else self._ahead.get(name)
+        return ahead or self._reader.submit(read_case, self.labelling, name)
 
     def step(self, by: int) -> str:
-        "The name of the case `by` places further, from the last to the first."
-        return self.names[(self.names.index(self.case.name) + by) % len(self.names)]
+        "The name of the case `by` places further, from the last to the first, past those that could not be read."
+        names = [name for name in self.names if name not in self.unreadable or name == self.case.name]
+        return names[(names.index(self.case.name) + by) % len(names)]
 
     def next_open(self) -> str | None:
-        "The next case that this reviewer has not decided; None when there is none."
-        start = self.names.index(self.case.name) + 1 if self.case else 0
-        return next((name for name in (*self.names[start:], *self.names[:start]) if name not in self.mine), None)
+        "The next case that this reviewer has not decided, unless it could not be read; None when there is none."
+        start, passed = self.names.index(self.case.name) + 1 if self.case else 0, self.mine.keys() | self.unreadable
+        return next((name for name in (*self.names[start:], *self.names[:start]) if name not in passed), None)
 
     def progress(self) -> tuple[int, int]:
         "Cases decided, and all cases."
@@ -659,7 +677,7 @@ class ReviewPage:
         self.listener.on_msg(lambda _, message, __: self.hear(message))
         parts = [widgets.HTML(CSS), self.listener, self.judgement.head, self.controls.widget, self.tiles.widget, self.judgement.widget]
         self.widget = widgets.VBox(parts).add_class("mm-review")
-        self.open(session.case.name)
+        self.show()
 
     def told(self, act):
         "An action on this page; what cannot be done is said on it."
@@ -681,8 +699,12 @@ class ReviewPage:
             self.listener.send({"kind": "done"})
 
     def open(self, name: str):
-        "Show a case from its first view, in the window and plane of the one before."
+        "Open a case and show it."
         self.session.go(name)
+        self.show()
+
+    def show(self):
+        "Show the open case from its first view, in the window and plane of the one before."
         fresh = first_view(self.session.case)
         self.view = replace(fresh, **{field: getattr(self.view, field) for field in KEPT}) if self.view else fresh
         self.discarding = False
@@ -708,9 +730,10 @@ def _looked(page: ReviewPage):
 def _decided(page: ReviewPage, said: str):
     "Say what was saved, and go on to the next open case."
     clock = time.strftime("%H:%M:%S")
-    following = page.session.next_open()
-    page.open(following or page.session.case.name)
-    page.judgement.say(f"{said}, saved {clock}" + ("" if following else ". All cases are decided."))
+    more, (done, total) = page.session.go_on(), page.session.progress()
+    page.show()
+    end = "" if more else f". All cases {'that can be read ' if done < total else ''}are decided."
+    page.judgement.say(f"{said}, saved {clock}{end}")
 
 
 def press_number(page: ReviewPage, number: int):
@@ -780,8 +803,10 @@ def stop_asking(page: ReviewPage):
 
 def go_to_open(page: ReviewPage):
     "Open the next undecided case."
-    if name := page.session.next_open():
-        go_to(page, name)
+    page.session.refresh()
+    if page.session.go_on():
+        page.show()
+        page.judgement.say("")
 
 
 def _turn(field: str, values):

@@ -91,6 +91,33 @@ def test_a_candidate_that_was_not_computed_is_not_offered(labelling):
     assert sorted(session.order) == ["cf", "cf+"]
 
 
+def test_a_damaged_case_is_told_and_passed_over(labelling):
+    trimap = labelling.case_folder("case-0") / "trimap.nii.gz"
+    whole = trimap.read_bytes()
+    trimap.write_bytes(b"damaged")
+    page = rv.ReviewPage(rv.ReviewSession(labelling, "Ada"))
+    assert page.session.case.name == "case-1"
+    press(page, "1")
+    assert page.session.case.name == "case-2" and "case-0" in page.judgement.said.value
+    press(page, "d", "1")
+    assert "All cases that can be read are decided" in page.judgement.said.value and page.session.progress() == (2, 3)
+    press(page, "ArrowRight")
+    assert page.session.case.name == "case-1"
+    with pytest.raises(InputError, match="case-0"):
+        page.session.go("case-0")
+    trimap.write_bytes(whole)  # restored, it can be opened in the same session
+    page.judgement.case.value = "case-0"
+    press(page, "2")
+    assert "All cases are decided" in page.judgement.said.value and page.session.progress() == (3, 3)
+
+
+def test_a_labelling_without_a_whole_case_is_refused(labelling):
+    for name in labelling.cases():
+        (labelling.case_folder(name) / "trimap.nii.gz").unlink()
+    with pytest.raises(InputError, match="case-0"):
+        rv.ReviewSession(labelling, "Ada")
+
+
 # ---- the view
 
 
