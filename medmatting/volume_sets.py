@@ -57,7 +57,9 @@ class VolumeSet:
 def _read(folder: Path, name: str) -> VolumeCase:
     "A case of either kind of folder."
     if (folder / "cases.csv").is_file():
-        row = next(row for row in accepted_rows(folder) if row.case == name)
+        row = next((row for row in accepted_rows(folder) if row.case == name), None)
+        if row is None:
+            refuse("name", describe(name), f"an accepted case of {folder}", "take a name from a split, or a key of `digests`")
         found = read_set_case(folder, row)
         masks = np.stack([rater.array > 0 for rater in found.raters])
         case = VolumeCase(name, found.image, found.alpha.array, masks, found.trimap.array)
@@ -86,13 +88,13 @@ def _simulated(folder: Path, records: list[Path]) -> tuple[dict, dict, int, str,
         "made from LIDC-IDRI outlines and scans, CC BY 3.0"
 
 
-_FROM_LIDC = re.compile(r"(.+)_[0-9.]{1,6}_nodule[0-9]+")  # names that `medmatting data lidc` gives
+_FROM_LIDC = re.compile(r"(LIDC-IDRI-[0-9]+)_.+|(.+)_[0-9.]{1,6}_nodule[0-9]+")  # nodules of the package, names that `medmatting data lidc` gives
 
 
 def _labelled(folder: Path) -> tuple[dict, dict, int, str, str]:
     "The same of a labelled set."
     digests = {row.case: row.alpha_sha256 for row in accepted_rows(folder)}
-    patients = {case: found[1] if (found := _FROM_LIDC.fullmatch(case)) else case for case in digests}
+    patients = {case: found[1] or found[2] if (found := _FROM_LIDC.fullmatch(case)) else case for case in digests}
     return digests, patients, 0, f"{len(digests)} cases whose alpha is a solver's output, accepted by a reviewer", "of the images that were labelled"
 
 # %% ../nbs/49_volume_sets.ipynb #7e653aeb

@@ -34,6 +34,17 @@ def test_no_patient_is_in_two_parts(data):
         assert {"P00_123450_nodule1", "P00_123451_nodule2"} <= set(max((split.train, split.validation, split.test), key=lambda p: "P00_123450_nodule1" in p))
 
 
+def test_nodules_of_the_package_keep_to_their_patient(tmp_path):
+    folder = write_volumes(tmp_path / "set", patients=22)
+    names = {"P03_123451_nodule1": "LIDC-IDRI-0003_nodule2", "P04_123451_nodule1": "LIDC-IDRI-0003_nodule3", "P05_123451_nodule1": "LIDC-IDRI-0003_123456_nodule1"}
+    table = (folder / "cases.csv").read_text()
+    for old, new in names.items():
+        table = table.replace(old, new)
+    (folder / "cases.csv").write_text(table)
+    for split in volume_set(folder, repeats=8).splits:
+        assert any(set(names.values()) <= set(part) for part in (split.train, split.validation, split.test))
+
+
 def test_samples_are_kept_as_long_as_memory_allows(data):
     cases = data.split(0).train
     one = Samples(data, cases)[0]
@@ -55,6 +66,12 @@ def test_other_voxels_and_other_units_are_refused(tmp_path, change):
     data = volume_set(write_volumes(tmp_path / "set", **change))
     with pytest.raises(InputError, match="HU on a grid of 0.5 mm"):
         data.case("P03_123451_nodule1")
+
+
+def test_a_case_that_was_not_accepted_is_refused(data):
+    for name in ("left_out", "nobody"):
+        with pytest.raises(InputError, match=name):
+            data.case(name)
 
 
 def test_folders_that_are_no_set(tmp_path):
