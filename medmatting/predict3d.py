@@ -124,6 +124,7 @@ def predict_volume(
 ) -> Prediction3D:  # maps on the grid of the CT
     "Alpha of a CT, without a trimap, in bounded memory."
     ct = _check(net, ct, spacing, spacing_mm, tile, overlap, maps)
+    net.eval()  # else each tile would be normalised by itself, and the network changed by what it sees
     layout = _layout(ct, spacing_mm, tile, overlap)
     settings = dict(spacing_mm=spacing_mm, hu_range=check_range(hu_range), flips=flips, maps=tuple(maps))
     see = lambda net, ct, box: _see_tile(net, ct, box, **settings)

@@ -28,7 +28,7 @@ def make_sample3d(
 ) -> dict:  # name and tensors (1, D, H, W): image, alpha, overlap, union
     "One case as 3DMM sees it."
     hu, alpha, masks = np.asarray(hu), np.asarray(alpha, np.float32), np.asarray(masks, bool)
-    if hu.ndim != 3 or alpha.shape != hu.shape or masks.shape[1:] != hu.shape:
+    if hu.ndim != 3 or alpha.shape != hu.shape or masks.shape[1:] != hu.shape or not len(masks):
         refuse(name, f"CT {hu.shape}, alpha {alpha.shape}, masks {masks.shape}", "(D, H, W) for CT and alpha, (R, D, H, W) for the masks", "crop them alike")
     check_hu(hu, name)
     if not (np.isfinite(alpha).all() and alpha.min() >= 0 and alpha.max() <= 1):

@@ -189,6 +189,16 @@ def test_rows_of_other_weights_are_not_used(tmp_path):
     assert all(np.array_equal(kept, fresh) for kept, fresh in answers) and not np.array_equal(answers[0][0], answers[1][0])
 
 
+def test_a_network_fresh_from_training_answers_as_one_that_was_read():
+    torch.manual_seed(0)
+    net = Matting3D(**SMALL)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    ct = Volume(np.random.default_rng(0).normal(-500, 100, (12, 12, 12)).astype(np.float32), (1.0, 1.0, 1.0), unit="HU")
+    said = predict_volume(net, ct, tile=12, overlap=3).alpha.array
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert np.array_equal(said, predict_volume(net.eval(), ct, tile=12, overlap=3).alpha.array)
+
+
 def test_a_damaged_row_is_made_again(tmp_path):
     ct = Volume(np.random.default_rng(0).normal(-500, 100, (12, 12, 12)).astype(np.float32), (1.0, 1.0, 1.0), unit="HU")
     net = Matting3D(**SMALL).eval()
@@ -204,6 +214,7 @@ def test_refusals_name_what_came():
     for call, told in ((lambda: predict_volume(net, array), "spacing"), (lambda: predict_volume(net, Volume(array, (1, 1, 1))), "HU"),
                        (lambda: predict_volume(net, array * np.nan, spacing=(1, 1, 1)), "ct"), (lambda: predict_volume(torch.nn.Identity(), array), "3dmm"),
                        (lambda: Crops((0, 4, 4)), "size"), (lambda: make_sample3d("x", array, array + 2, array[None] > 0), "alpha"),
+                       (lambda: make_sample3d("x", array - 500, array, array[None][:0] > 0), r"masks \(0, 4, 4, 4\)"),
                        (lambda: predict_volume(net, array + np.linspace(0, 1, 4, dtype=np.float32), spacing=(1, 1, 1)), r"scaled to \[0, 1\] already"),
                        (lambda: predict_volume(net, array.astype(np.uint8), spacing=(1, 1, 1)), "signed integers or floats"),
                        (lambda: predict_volume(net, array - 500, spacing=(1, 1, 1), hu_range=(400, -1000)), "hu_range"),
