@@ -290,9 +290,10 @@ def train_classifier(
     import pandas as pd
 
     folder, parts = Path(folder), {part: [samples[case] for case in getattr(fold, part)] for part in ("train", "test")}
+    done = (folder / "predictions.csv").exists()
+    objective = None if done else ClassObjective(make_classifier(run.kind, run.size, run.recipe.seed))  # refused before the folder is claimed
     claim_folder(folder, _record(run, parts))
-    if not (folder / "predictions.csv").exists():
-        objective = ClassObjective(make_classifier(run.kind, run.size, run.recipe.seed))
+    if not done:
         train(objective, parts["train"], run.recipe, folder, turned, make_fabric(device, precision=run.precision), progress=progress)
         said = probabilities(objective.net, parts["test"])
         rows = [dict(case=s["name"], label=bool(s["label"]), probability=p) for s, p in zip(parts["test"], said)]

@@ -363,6 +363,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(nodules, tmp_path, monkeypatch)
             train_classifier(replace(run, **change), fold, fields, tmp_path / "whole")
 
 
+def test_a_network_that_does_not_exist_claims_no_folder(nodules, tmp_path):
+    samples, fold = nodules
+    for change in ({"kind": "resnet18"}, {"size": "tiny"}):
+        with pytest.raises(InputError):
+            train_classifier(replace(MalignancyRun("resnet34", "small", "ct", fold.name, Recipe(steps=1, batch=2)), **change), fold, samples, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_probabilities_do_not_depend_on_the_batch(nodules):
     samples, net = list(nodules[0].values()), make_classifier("resnet34", "small")
     np.testing.assert_allclose(probabilities(net, samples, 4), probabilities(net, samples, 1), atol=1e-6)
