@@ -100,12 +100,12 @@ def _sum_codes(first, last, hidden, positions, ways, slope, total):
         for j in range(np.uintp(width)):
             for t in range(np.uintp(taps)):
                 y0, y1, x0, x1, fy, fx = _corners(positions[b, t, i, j, 0], positions[b, t, i, j, 1], rows, columns)
-                v, u = ways[b, t, i, j, 0], ways[b, t, i, j, 1]
+                u, v = ways[b, t, i, j, 0], ways[b, t, i, j, 1]
                 for c in range(np.uintp(channels)):
                     above, below = hidden[b, y0, x0, c], hidden[b, y1, x0, c]
                     above += fx * (hidden[b, y0, x1, c] - above)
                     below += fx * (hidden[b, y1, x1, c] - below)
-                    h = above + fy * (below - above) + v * slope[0, c] + u * slope[1, c]
+                    h = above + fy * (below - above) + u * slope[0, c] + v * slope[1, c]
                     total[b, i, j, c] += max(h, type(h)(0))
 
 # %% ../nbs/23_implicit.ipynb #d45c63fc
@@ -128,28 +128,28 @@ def _sum_codes_back(first, last, hidden, positions, ways, slope, d_total, d_hidd
             for j in range(np.uintp(width)):
                 for t in range(np.uintp(taps)):
                     y0, y1, x0, x1, fy, fx = _corners(positions[b, t, i, j, 0], positions[b, t, i, j, 1], rows, columns)
-                    v, u = ways[b, t, i, j, 0], ways[b, t, i, j, 1]
-                    dy = dx = dv = du = type(fy)(0)
+                    u, v = ways[b, t, i, j, 0], ways[b, t, i, j, 1]
+                    dy = dx = du = dv = type(fy)(0)
                     for c in range(np.uintp(channels)):
                         above, below = hidden[b, y0, x0, c], hidden[b, y1, x0, c]
                         right, right_below = hidden[b, y0, x1, c] - above, hidden[b, y1, x1, c] - below
                         above, below = above + fx * right, below + fx * right_below
-                        h = above + fy * (below - above) + v * slope[0, c] + u * slope[1, c]
+                        h = above + fy * (below - above) + u * slope[0, c] + v * slope[1, c]
                         passed[c] = d_total[b, i, j, c] if h > 0 else type(h)(0)
                         dy += passed[c] * (below - above)
                         dx += passed[c] * (right + fy * (right_below - right))
-                        dv += passed[c] * slope[0, c]
-                        du += passed[c] * slope[1, c]
+                        du += passed[c] * slope[0, c]
+                        dv += passed[c] * slope[1, c]
                     d_positions[b, t, i, j, 0], d_positions[b, t, i, j, 1] = dy, dx
-                    d_ways[b, t, i, j, 0], d_ways[b, t, i, j, 1] = dv, du
+                    d_ways[b, t, i, j, 0], d_ways[b, t, i, j, 1] = du, dv
                     gy, gx = type(fy)(1) - fy, type(fx)(1) - fx
                     _add(d_hidden, b, y0, x0, gy * gx, passed)
                     _add(d_hidden, b, y0, x1, gy * fx, passed)
                     _add(d_hidden, b, y1, x0, fy * gx, passed)
                     _add(d_hidden, b, y1, x1, fy * fx, passed)
                     for c in range(np.uintp(channels)):
-                        d_slope[b, 0, c] += v * passed[c]
-                        d_slope[b, 1, c] += u * passed[c]
+                        d_slope[b, 0, c] += u * passed[c]
+                        d_slope[b, 1, c] += v * passed[c]
 
 # %% ../nbs/23_implicit.ipynb #550bcc3a
 class CompiledSum(torch.autograd.Function):
