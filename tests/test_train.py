@@ -122,6 +122,13 @@ def test_weights_that_are_no_numbers_do_not_replace_a_good_checkpoint(tmp_path):
     assert len(kept["history"]) == 15 and all(v.isfinite().all() for v in kept["model"].values())
 
 
+def test_clipping_does_not_hide_the_step_of_a_gradient_that_is_no_number(tmp_path):
+    with pytest.raises(TrainingError, match="step 19: the loss was finite, its gradient on point"):
+        run(tmp_path, BreaksBackward(), Recipe(**{**RECIPE.__dict__, "clip": 5.0}))
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(kept["history"]) == 15 and all(v.isfinite().all() for v in kept["model"].values())
+
+
 def test_another_recipe_is_refused(tmp_path, whole):
     run(tmp_path, recipe=RECIPE)
     with pytest.raises(InputError, match="rate=0.5 where the run in .* has 0.01"):
@@ -183,7 +190,8 @@ def test_the_watcher_does_not_change_the_run(tmp_path, whole):
 
 
 @pytest.mark.parametrize("bad", [dict(steps=0), dict(steps=3, batch=0), dict(steps=3, rate=float("nan")), dict(steps=3, rate=0),
-                                 dict(steps=3, warmup=4), dict(steps=3, clip=-1.0), dict(steps=2.5)])
+                                 dict(steps=3, warmup=4), dict(steps=3, clip=-1.0), dict(steps=2.5),
+                                 dict(steps=3, rate=None), dict(steps=3, rate="fast"), dict(steps=3, weight_decay=None)])
 def test_impossible_recipes_are_refused(bad):
     with pytest.raises(InputError):
         Recipe(**bad)
