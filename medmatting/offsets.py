@@ -41,7 +41,10 @@ def readings(
     readers = [r for r in getattr(getattr(net.matting, "fusion", None), "readers", ()) if isinstance(r, ImplicitUpsample)]
     if not readers:
         refuse("net", f"{type(net).__name__} without an implicit function", "a region-aware network that fuses two or three scales", "choose another upsampling")
-    pixels = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(np.asarray(image, np.float32)).transpose(2, 0, 1)))[None]
+    array = np.asarray(image, np.float32)
+    if array.ndim not in (2, 3) or not array.size or not (array.min() >= 0 and array.max() <= 1):
+        refuse("image", describe(np.asarray(image)), "(H, W) or (H, W, 3), floats in [0, 1]", "divide grey levels by 255, clip HU to a window and scale it")
+    pixels = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(array).transpose(2, 0, 1)))[None]
     seen = []
     hooks = [reader.register_forward_hook(lambda reader, given, result: seen.append((reader, *given))) for reader in readers]
     try:

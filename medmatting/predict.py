@@ -47,6 +47,8 @@ def load_network(
     except (TypeError, RuntimeError) as error:
         refuse("weights", f"{path}, which does not fit the network {kind!r} ({' '.join(str(error).split())[:150]})",
                "weights and configuration that belong together", "write the file again with save_weights")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        refuse("weights", f"{path}, with NaN or infinite numbers in {broken[0]}", "finite weights", "train again, or take an earlier file")
     return net.eval(), card
 
 

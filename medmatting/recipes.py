@@ -45,6 +45,8 @@ def make_sample(
             refuse(f"{what} of {name}", describe(np.asarray(values)), "uint8, or finite floats in [0, 1]", "scale it first")
     if pixels.shape[1:] != alpha.shape or masks is not None and np.shape(masks)[1:] != alpha.shape:
         refuse(name, f"image {pixels.shape[1:]}, alpha {alpha.shape}, masks {np.shape(masks)}", "one size for all", "crop them alike")
+    if masks is not None and not np.isin(masks, (0, 1)).all():
+        refuse(f"masks of {name}", describe(np.asarray(masks)), "0 and 1", "give masks > 0")
     sample = dict(name=name, image=torch.from_numpy(np.ascontiguousarray(pixels)), alpha=torch.from_numpy(alpha)[None])
     if masks is not None:
         sample["masks"] = torch.from_numpy(np.ascontiguousarray(masks)).float()

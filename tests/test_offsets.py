@@ -82,6 +82,13 @@ def test_moving_a_slider_draws_another_pixel(image):
     assert (picture_of(explorer) != first).any() and explorer.words.value != words
 
 
+@pytest.mark.parametrize("bad", [np.full((24, 20), 255, np.uint8), np.full((24, 20), -850.0), np.full((24, 20), np.nan), np.zeros((0, 4)), np.zeros(5)])
+def test_an_image_that_is_not_scaled_is_refused(bad):
+    # Its features would be far from any that the network was trained on, and so would the positions.
+    with pytest.raises(InputError, match=r"image: got a \w+ array of shape .*floats in \[0, 1\]"):
+        readings(network(), bad)
+
+
 @pytest.mark.parametrize("panel", [0, 1])
 def test_a_click_chooses_the_pixel_under_it(image, panel):
     explorer = OffsetExplorer(network(), image)

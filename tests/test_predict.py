@@ -79,6 +79,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_network(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
+    net = make_network("plain-unet", 1, widths=[4, 6], convs=1)
+    with torch.no_grad():
+        net.output[-1].bias[0] = bad
+    save_weights(tmp_path / "a.safetensors", net, CARD)
+    with pytest.raises(InputError, match=r"NaN or infinite numbers in output\.1\.bias"):
+        load_network(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("bad", [np.full((4, 4), 40.0), np.zeros((4, 4, 2), np.uint8), np.zeros(4), np.zeros((0, 4)), np.full((4, 4), np.inf)])
 def test_images_it_cannot_know_are_refused(bad):
     with pytest.raises(InputError, match="image"):
@@ -187,6 +197,8 @@ def test_samples_without_raters_and_mismatched_sizes_are_refused():
         make_sample("odd", np.zeros((8, 8)), np.zeros((8, 9)))
     with pytest.raises(InputError, match="alpha of grey"):
         make_sample("grey", np.zeros((8, 8)), np.full((8, 8), 255.0))
+    with pytest.raises(InputError, match="masks of grey: got a uint8 array .* values 0..255, but accepted is 0 and 1"):
+        make_sample("grey", np.zeros((8, 8)), np.zeros((8, 8)), np.eye(8, dtype=np.uint8)[None] * 255)
 
 
 def test_the_paper_s_recipe_peaks_at_its_base_rate_after_one_epoch():
