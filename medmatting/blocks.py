@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checks import refuse
+from .checks import describe, refuse
 
 # %% ../nbs/20_blocks.ipynb #dbc2cb9c
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -79,6 +79,8 @@ def residual_group(
     ndim: int = 2,  # spatial axes, 2 or 3
 ) -> nn.Sequential:
     "A row of residual units; only the first changes the number of channels."
+    if type(units) is not int or units < 1:
+        refuse("units", describe(units), "a whole number from 1", "leave it out")
     return nn.Sequential(*[ResidualUnit(inputs if i == 0 else outputs, outputs, ndim) for i in range(units)])
 
 # %% ../nbs/20_blocks.ipynb #f48393d9
@@ -126,6 +128,8 @@ class Encoder(nn.Module):
         ndim: int = 2,  # spatial axes, 2 or 3
     ):
         super().__init__()
+        if not len(widths):
+            refuse("widths", describe(widths), "the channels of at least one level", "leave it out")
         blocks = [block(a, b, ndim=ndim) for a, b in zip((inputs, *widths), widths)]
         self.levels = nn.ModuleList([blocks[0], *(Down(b, ndim) for b in blocks[1:])])
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .blocks import OutputBlock, initialise, residual_group
+from .checks import describe, refuse
 from .probabilistic_unet import PUBLISHED_WIDTHS, ProbabilisticUNet
 from .region_aware import TwoHalves
 
@@ -43,6 +44,8 @@ class FullSizeMatting(nn.Module):
         units: int = 3,  # residual units in each
     ):
         super().__init__()
+        if len(widths) != 3:
+            refuse("matting_widths", describe(widths), "three, the channels of the blocks", "leave it out")
         first, second, third = widths
         self.block1, self.attention = residual_group(inputs + 1, first, units), ChannelAttention(first)
         self.block2 = residual_group(first + 1, second, units)

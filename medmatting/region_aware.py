@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .blocks import Down, OutputBlock, initialise, residual_group, upsample
+from .checks import describe, refuse
 from .fusion import NestedFusion
 from .plain_unet import MattingOutput
 from .probabilistic_unet import PUBLISHED_WIDTHS, ProbabilisticUNet
@@ -35,6 +36,8 @@ class MattingUNet(nn.Module):
         coordinates: str = "relative",  # what a region-aware function is told: "relative" or "offset"
     ):
         super().__init__()
+        if len(widths) != 3:
+            refuse("matting_widths", describe(widths), "three, the channels at H, H/2 and H/4", "leave it out")
         fine, middle, coarse = widths
         self.down1 = residual_group(inputs, fine, units)
         self.down2 = Down(residual_group(fine, middle, units))

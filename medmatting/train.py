@@ -211,6 +211,8 @@ def train(
     progress: bool = True,  # show a bar on standard error
 ) -> list[dict]:  # history: one row for each step
     "Train until the recipe is done; continues what it finds, and ends with the same weights as if never interrupted."
+    if type(save_every) is not int or save_every < 1:
+        refuse("save_every", repr(save_every), "a whole number of steps from 1", "leave it out for 50")
     fabric = fabric or make_fabric("cpu")
     mine = _share(recipe, samples, fabric)
     path = Path(folder) / "checkpoint.pt"

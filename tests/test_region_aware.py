@@ -63,6 +63,17 @@ def test_wrong_channels_and_single_pixels_in_training_are_refused(name):
         NETS[name]()(torch.rand(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
 
 
+@pytest.mark.parametrize(("build", "word"), [
+    (lambda: RegionAware(**{**SMALL, "matting_widths": (6, 8)}), "matting_widths"),
+    (lambda: MedicalMatting(**{**SMALL, "matting_widths": (6, 8, 8, 8)}), "matting_widths"),
+    (lambda: RegionAware(**{**SMALL, "units": 0}), "units"),
+    (lambda: PlainUNet(1, ()), "widths"),
+])  # fmt: skip
+def test_networks_that_cannot_be_built_are_refused_by_name(build, word):
+    with pytest.raises(InputError, match=f"{word}: got"):
+        build()
+
+
 @pytest.mark.parametrize("name", ["region-aware", "medical matting"])
 def test_use_depends_on_the_image_and_the_seed_only(name):
     net, (image, _) = NETS[name]().eval(), batch()

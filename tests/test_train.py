@@ -200,6 +200,8 @@ def test_impossible_recipes_are_refused(bad):
 def test_no_samples_and_unknown_devices_are_refused(tmp_path):
     with pytest.raises(InputError, match="samples: got none"):
         train(Toy(), [], RECIPE, tmp_path)
+    with pytest.raises(InputError, match="save_every: got 0"):
+        run(tmp_path, save_every=0)
     with pytest.raises(InputError, match="device: got 'gpu'"):
         make_fabric("gpu")
     with pytest.raises(InputError, match="precision: got '8'"):
