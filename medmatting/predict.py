@@ -163,6 +163,7 @@ def predict(
 ) -> Prediction:  # alpha and uncertainty
     "Alpha of an image."
     pixels, labels = _seen(net, image, trimap, zoom)
+    net.eval()  # else each tile would be normalised by itself, and the network changed by what it sees
     size = np.shape(image)[:2]
     if not (type(tile) is int and type(overlap) is int and tile > overlap >= 0):
         refuse("tile, overlap", f"{tile!r}, {overlap!r}", "whole numbers, tile the larger", "leave them out")

@@ -299,6 +299,17 @@ def test_the_card_says_the_zoom():
     assert suitable_zoom({"input": {"spacing_mm": 0.5}}, (50, 200)) == suitable_zoom({}, (50, 200), (0.7, 0.7)) == 1
 
 
+def test_a_network_fresh_from_training_answers_as_one_that_was_read():
+    from medmatting.plain_unet import PlainUNet
+
+    torch.manual_seed(0)
+    net, image = PlainUNet(1, (4, 6)), np.random.default_rng(0).random((40, 40))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    said = predict(net.train(), image, tile=24, overlap=8).alpha
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert np.array_equal(said, predict(net.eval(), image, tile=24, overlap=8).alpha)
+
+
 # ---- the models that come with the package
 
 MODELS = Path(medmatting.__file__).parent / "data" / "models"
