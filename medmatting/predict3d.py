@@ -8,6 +8,7 @@ __all__ = ['MAPS', 'Prediction3D', 'predict_volume']
 # %% ../nbs/35a_predict3d.ipynb #b2a0927c
 import hashlib
 from collections.abc import Callable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -186,5 +187,6 @@ def _check(net, ct, spacing, spacing_mm, tile, overlap, maps) -> Volume:
         refuse("maps", describe(maps), f"some of {', '.join(MAPS)}", "choose from these")
     if not (type(tile) is int and type(overlap) is int and tile > overlap >= 0):
         refuse("tile, overlap", f"{tile!r}, {overlap!r}", "whole numbers, tile the larger", "leave them out")
-    check_spacing(spacing_mm, 3)
+    if not isinstance(spacing_mm, Real) or not 0 < spacing_mm < np.inf:
+        refuse("spacing_mm", describe(spacing_mm), "one positive number of mm, the same along all axes", "leave it out for 0.5 mm")
     return ct

@@ -134,6 +134,8 @@ def make_fabric(
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else it repeats the chosen precision for every run
     if device not in ("cpu", "cuda", "auto") or device == "cuda" and not torch.cuda.is_available():
         refuse("device", repr(device), "'cpu', 'auto'" + ", 'cuda'" * torch.cuda.is_available(), "leave it out for what is there")
+    if type(processes) is not int or processes < 1:
+        refuse("processes", repr(processes), "a whole number from 1", "leave it out for one")
     if precision not in ("32-true", "bf16-mixed", "16-mixed"):
         refuse("precision", repr(precision), "'32-true', 'bf16-mixed' or '16-mixed'", "leave it out for full precision")
     if precision == "16-mixed" and (device == "cpu" or not torch.cuda.is_available()):  # Fabric would take bf16-mixed and not say so

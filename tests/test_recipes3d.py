@@ -189,6 +189,12 @@ def test_rows_of_other_weights_are_not_used(tmp_path):
     assert all(np.array_equal(kept, fresh) for kept, fresh in answers) and not np.array_equal(answers[0][0], answers[1][0])
 
 
+@pytest.mark.parametrize("spacing_mm", [None, 0, -1, float("nan"), float("inf"), (0.5, 0.5, 0.5), "half"])
+def test_a_grid_that_is_no_number_of_mm_is_refused(spacing_mm):
+    with pytest.raises(InputError, match="spacing_mm: got"):
+        predict_volume(Matting3D(**SMALL), np.full((4, 4, 4), -500.0), spacing=1, spacing_mm=spacing_mm)
+
+
 def test_a_network_fresh_from_training_answers_as_one_that_was_read():
     torch.manual_seed(0)
     net = Matting3D(**SMALL)

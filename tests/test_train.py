@@ -206,6 +206,8 @@ def test_no_samples_and_unknown_devices_are_refused(tmp_path):
         make_fabric("gpu")
     with pytest.raises(InputError, match="precision: got '8'"):
         make_fabric(precision="8")
+    with pytest.raises(InputError, match="processes: got 0"):
+        make_fabric("cpu", 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
