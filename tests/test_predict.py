@@ -341,13 +341,20 @@ def test_the_model_for_nodules_sees_a_nodule_and_no_nodule_in_empty_lung():
     assert predict(net, ((hu + 1000) / 1400)).alpha.mean() < 0.05 and 0 <= said.uncertainty.min() <= said.uncertainty.max() <= 1
 
 
-def test_the_model_for_volumes_sees_a_ball_and_nothing_in_empty_lung():
+@pytest.mark.parametrize("radius", [6, 9, 20])  # voxels of half a millimetre
+def test_the_model_for_volumes_sees_balls_of_6_to_20_mm(radius):
+    from medmatting.predict3d import predict_volume
+
+    net, _ = load_shipped("nodules3d")
+    distance = np.sqrt(((np.indices((64, 64, 64)) - 32) ** 2).sum(0))
+    ball = predict_volume(net, np.where(distance < radius, 30.0, -850), spacing=(0.5, 0.5, 0.5)).alpha.array
+    assert ball[distance < radius - 2].mean() > 0.5 and ball[distance > radius + 5].mean() < 0.05
+
+
+def test_the_model_for_volumes_sees_nothing_in_empty_lung():
     from medmatting.predict3d import predict_volume
 
     net, card = load_shipped("nodules3d")
-    distance = np.sqrt(((np.indices((48, 48, 48)) - 24) ** 2).sum(0))
-    ball = predict_volume(net, np.where(distance < 9, 30.0, -850), spacing=(0.5, 0.5, 0.5)).alpha.array
-    assert ball[distance < 7].mean() > 0.5 and ball[distance > 14].mean() < 0.05
     empty = predict_volume(net, np.full((48, 48, 48), -850.0), spacing=(0.5, 0.5, 0.5)).alpha.array
     assert empty.max() < 0.1 and card["input"] == {"hu_range": [-1000, 400], "spacing_mm": 0.5}
 
