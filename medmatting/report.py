@@ -142,7 +142,7 @@ def _which_profile(item: Item, shown: str) -> list[str]:
     if "reduced" not in item.parameters:
         return []
     told = {"quick": "**These are results of the quick profile. It proves that the path works and says nothing about the networks.**",
-            "reduced": "Results of the reduced profile: all folds and cases, with networks narrower and training shorter than in the paper.",
+            "reduced": "Results of the reduced profile: networks narrower and training shorter than in the paper, on all folds or those that the tables name.",
             "full": "Results of the full profile, the recipe of the paper."}  # fmt: skip
     beside = f" The quick profile, which only proves that the path works, writes to `figures/quick/{item.id}`."
     return [told[shown] + (beside if shown != "quick" else "")]
